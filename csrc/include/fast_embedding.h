@@ -1,0 +1,182 @@
+/* fast_embedding.h: the contract between the binding and the kernels.
+ *
+ * Two libraries implement it, and neither knows torch: libfast_embedding_cpu.so (fe_cpu_*, fe_plan_*) and
+ * libfast_embedding_cuda.so (fe_cuda_*, fe_plan_*). Everything is plain C; a caller needs this header alone.
+ *
+ * Terms. A lookup reads `num_rows` x `num_tables` indices. Table t has V = num_embeddings rows of D = embedding_dim
+ * columns. Its slice of the output starts at column D_0 + ... + D_{t-1}. One table is nn.Embedding; several are
+ * their concatenation: output[b] = [table_0[x[b, 0]], table_1[x[b, 1]], ...].
+ *
+ * Sizes, strides and offsets are int64_t and count elements, not bytes, unless the name says bytes. Strides may be 0.
+ * The innermost dimension of weight, grad_output, output and grad_weight is contiguous (stride 1).
+ * Pointers need the alignment of their element type only; kernels use wider accesses where the addresses allow it.
+ * `tables` is host memory and is read before the call returns. All other pointers are memory of the device.
+ *
+ * Out of range. An index outside [0, V) is never used as an address. CPU: FE_INDEX_OUT_OF_RANGE, *index_error says
+ * which, and nothing has been written. CUDA: a device-side assert after a printed line with index and table size.
+ *
+ * Errors. Functions return an FeStatus and never throw. fe_cuda_last_error() has the text behind FE_CUDA_ERROR.
+ */
+#ifndef FAST_EMBEDDING_H_
+#define FAST_EMBEDDING_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define FE_EXPORT __attribute__((visibility("default")))
+#else
+#define FE_EXPORT
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised whenever a struct or a meaning changes; the binding refuses a library of another version. */
+#define FE_ABI_VERSION 1
+
+typedef enum FeStatus {
+  FE_OK = 0,
+  FE_INVALID_ARGUMENT = 1,    /* a null pointer, a negative size, an unknown type */
+  FE_UNSUPPORTED = 2,         /* valid, but larger than the kernels take (see FePlan); the caller falls back */
+  FE_WORKSPACE_TOO_SMALL = 3, /* *workspace_bytes was below the size query's answer */
+  FE_INDEX_OUT_OF_RANGE = 4,  /* CPU only */
+  FE_CUDA_ERROR = 5
+} FeStatus;
+
+typedef enum FeScalarType { FE_FLOAT32 = 0, FE_FLOAT64 = 1, FE_FLOAT16 = 2, FE_BFLOAT16 = 3 } FeScalarType;
+typedef enum FeIndexType { FE_INT32 = 0, FE_INT64 = 1 } FeIndexType;
+
+typedef struct FeTable {
+  int64_t num_embeddings; /* V >= 0 */
+  int64_t embedding_dim;  /* D >= 0 */
+  int64_t weight_offset;  /* where row 0 stands in weight (forward) and grad_weight (backward) */
+  int64_t weight_stride;  /* from a row to the next; D where packed. The backward requires D */
+  int64_t padding_idx;    /* this row gets no gradient; -1 for none. The forward ignores it */
+} FeTable;
+
+typedef struct FeForwardArgs {
+  FeScalarType scalar_type;
+  FeIndexType index_type;
+  int64_t num_tables;
+  const FeTable* tables; /* [num_tables] */
+  int64_t num_rows;
+  const void* indices; /* index of row b, table t at b * index_row_stride + t * index_table_stride */
+  int64_t index_row_stride;
+  int64_t index_table_stride;
+  const void* weight;
+  void* output;          /* [num_rows, sum of D], every element written */
+  int64_t output_stride; /* from a row to the next, >= sum of D */
+} FeForwardArgs;
+
+typedef struct FeBackwardArgs {
+  FeScalarType scalar_type; /* of grad_output and grad_weight; 16-bit types accumulate in float32 and round once */
+  FeIndexType index_type;
+  int64_t num_tables;
+  const FeTable* tables; /* [num_tables]; their ranges in grad_weight do not overlap */
+  int64_t num_rows;
+  const void* indices; /* as in FeForwardArgs */
+  int64_t index_row_stride;
+  int64_t index_table_stride;
+  const void* grad_output;    /* [num_rows, sum of D] */
+  int64_t grad_output_stride; /* from a row to the next; 0 for an expanded gradient */
+  void*
+      grad_weight; /* [grad_weight_numel], every element written, holes between tables with zero: need not be zeroed */
+  int64_t grad_weight_numel;
+  int32_t deterministic; /* nonzero: the same bits in every run on one kind of device, at every thread count */
+} FeBackwardArgs;
+
+/* Workspace. Called with workspace == NULL a function only stores the bytes it needs in *workspace_bytes (>= 0).
+ * Called with memory it uses at most *workspace_bytes of it, aligned to 256 bytes, with any content. The size depends
+ * on sizes, types, flags and the device alone, never on the indices. Where it is 0 (always, for the CUDA forward) any
+ * address but NULL will do, and no query is owed. */
+
+/* ---- CPU ---------------------------------------------------------------------------------------------------- */
+
+typedef struct FeIndexError {
+  int64_t index; /* the value found */
+  int64_t row;   /* b */
+  int64_t table; /* t */
+  int64_t num_embeddings;
+} FeIndexError;
+
+/* Runs task(begin, end, closure) over disjoint ranges that cover [begin, end), concurrently where it can, each of at
+ * least grain_size elements but the last, and returns when all are done. */
+typedef void (*FeTask)(int64_t begin, int64_t end, void* closure);
+typedef struct FeCpuContext {
+  void (*parallel_for)(int64_t begin, int64_t end, int64_t grain_size, FeTask task, void* closure);
+  int32_t num_threads;       /* what parallel_for uses at most; results never depend on it if deterministic */
+  FeIndexError* index_error; /* written with FE_INDEX_OUT_OF_RANGE */
+} FeCpuContext;
+
+FE_EXPORT int32_t fe_cpu_abi_version(void);
+FE_EXPORT FeStatus fe_cpu_embedding_forward(const FeForwardArgs* args, void* workspace, size_t* workspace_bytes,
+                                            const FeCpuContext* context);
+FE_EXPORT FeStatus fe_cpu_embedding_backward(const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes,
+                                             const FeCpuContext* context);
+
+/* ---- CUDA: enqueues on `stream` (a cudaStream_t) of the current device; never allocates, never synchronises ---- */
+
+FE_EXPORT int32_t fe_cuda_abi_version(void);
+/* CUDA version the library was compiled with, as CUDART_VERSION (13000), and of the runtime in the process. */
+FE_EXPORT int32_t fe_cuda_compiled_version(void);
+FE_EXPORT int32_t fe_cuda_runtime_version(void);
+/* The architectures in the library, e.g. "sm_75 sm_90 compute_120". */
+FE_EXPORT const char* fe_cuda_architectures(void);
+/* Text of the last FE_CUDA_ERROR of this thread. */
+FE_EXPORT const char* fe_cuda_last_error(void);
+FE_EXPORT FeStatus fe_cuda_embedding_forward(const FeForwardArgs* args, void* workspace, size_t* workspace_bytes,
+                                             void* stream);
+FE_EXPORT FeStatus fe_cuda_embedding_backward(const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes,
+                                              void* stream);
+
+/* ---- The plan: which CUDA kernel runs the backward of one table. Pure; both libraries export it. --------------- */
+
+typedef enum FeStrategy {
+  FE_STRATEGY_PRIVATE = 0, /* copies of the table in shared memory, summed in order: small V. Deterministic */
+  FE_STRATEGY_TILE = 1,    /* blocks sort a tile of indices and add each run with one atomic. Not deterministic */
+  FE_STRATEGY_SORT = 2     /* global sort, then sums over runs, edges combined in order. Deterministic */
+} FeStrategy;
+
+typedef struct FeDevice {
+  int32_t compute_capability; /* 90 for sm_90 */
+  int32_t num_sms;
+  int64_t l2_bytes;
+  int64_t shared_bytes_per_block; /* opt-in maximum */
+  int64_t shared_bytes_per_sm;
+} FeDevice;
+
+typedef struct FePlanQuery {
+  FeScalarType scalar_type;
+  int64_t num_tables;
+  int64_t num_embeddings; /* V, of all tables together */
+  int64_t embedding_dim;  /* D, the largest */
+  int64_t num_indices;    /* N, of one table */
+  int64_t grad_weight_numel;
+  int32_t deterministic;
+  FeDevice device;
+} FePlanQuery;
+
+typedef struct FePlan {
+  FeStrategy strategy;
+  int32_t tile;            /* TILE: indices a block groups at a time */
+  int32_t segment;         /* SORT: sorted indices a lane group sums */
+  int32_t threads;         /* PRIVATE: threads a block, each with one column of one copy of the table */
+  int32_t splits;          /* PRIVATE: blocks that share the rows; each leaves one copy of the table to be summed */
+  int32_t float32_scratch; /* TILE: a 16-bit gradient is summed in a float32 copy of grad_weight */
+} FePlan;
+
+/* FE_UNSUPPORTED where no kernel takes the sizes (2^31 indices or rows and more). */
+FE_EXPORT FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan* plan);
+
+/* fe_cuda_embedding_backward by a given plan instead of the table's: for tests and for tuning. FE_INVALID_ARGUMENT
+ * where the plan does not fit the arguments. */
+FE_EXPORT FeStatus fe_cuda_embedding_backward_by(const FePlan* plan, const FeBackwardArgs* args, void* workspace,
+                                                 size_t* workspace_bytes, void* stream);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* FAST_EMBEDDING_H_ */
