@@ -1,0 +1,79 @@
+// Which kernel runs the backward, from sizes and device properties alone. The measurements behind each threshold are
+// in docs/design/kernels.md.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "fast_embedding.h"
+
+namespace {
+
+constexpr int64_t kMaxIndices = INT32_MAX;              // kernels count positions and rows in 32 bits
+constexpr int64_t kMaxScratchBytes = int64_t{8} << 20;  // float32 copy of a 16-bit gradient
+constexpr int kMaxPrivateThreads = 1024;
+constexpr int kMinPrivateThreads = 256;     // fewer leave too few loads in flight in an SM to reach the copy rate
+constexpr int64_t kMaxPrivateNumel = 2048;  // beyond, summing the blocks' tables costs more than it saves
+constexpr int64_t kMinPrivateIndices = 8192;
+constexpr int64_t kMinSortIndices = 1 << 19;
+
+int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
+int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
+
+// A thread owns one column of one copy of the table in shared memory, so threads * V accumulators must fit.
+bool plan_private(const FePlanQuery& query, FePlan* plan) {
+  if (query.num_tables != 1 || query.num_embeddings == 0 || query.embedding_dim == 0 ||
+      query.num_embeddings > kMaxPrivateNumel / query.embedding_dim || query.num_indices < kMinPrivateIndices) {
+    return false;
+  }
+  const int64_t column_bytes = query.num_embeddings * accumulator_bytes(query.scalar_type);
+  const int64_t fitting = query.device.shared_bytes_per_block / column_bytes;
+  const int64_t threads = std::min<int64_t>(fitting, kMaxPrivateThreads) / 32 * 32;
+  if (threads < kMinPrivateThreads) return false;
+  // Each split reads its share of the gradient and leaves V * D accumulators that are written and read once more.
+  // With s splits the time is proportional to N * b / (s / num_sms) + 2 * s * V * a: least at the root below.
+  const double reads = static_cast<double>(query.num_indices) * scalar_bytes(query.scalar_type);
+  const double best = std::sqrt(reads * query.device.num_sms / (2.0 * column_bytes));
+  plan->strategy = FE_STRATEGY_PRIVATE;
+  plan->threads = static_cast<int32_t>(threads);
+  plan->splits = static_cast<int32_t>(std::clamp<double>(best, 1, query.device.num_sms));
+  return true;
+}
+
+void plan_tile(const FePlanQuery& query, FePlan* plan) {
+  plan->strategy = FE_STRATEGY_TILE;
+  // Larger tiles merge more indices of a row before they touch memory; smaller ones occupy more SMs.
+  plan->tile = query.num_indices >= 200000 ? 1024 : query.num_indices >= 24576 ? 512 : 256;
+  plan->float32_scratch = scalar_bytes(query.scalar_type) == 2;
+}
+
+void plan_sort(const FePlanQuery& query, FePlan* plan) {
+  plan->strategy = FE_STRATEGY_SORT;
+  // At most two partial rows a segment: 64 indices a segment keep them near 3% of the gradient's bytes, and shorter
+  // segments are taken only where the whole is small and SMs would stay idle.
+  const int64_t entries = query.num_indices * query.num_tables;
+  plan->segment = entries >= 262144 ? 64 : entries >= 65536 ? 32 : 16;
+}
+
+}  // namespace
+
+extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan* plan) {
+  if (query == nullptr || plan == nullptr || query->num_tables < 0 || query->num_embeddings < 0 ||
+      query->embedding_dim < 0 || query->num_indices < 0 || query->grad_weight_numel < 0) {
+    return FE_INVALID_ARGUMENT;
+  }
+  if (query->num_tables > 0 && query->num_indices > kMaxIndices / query->num_tables) return FE_UNSUPPORTED;
+  if (query->num_embeddings >= kMaxIndices || query->embedding_dim >= kMaxIndices) return FE_UNSUPPORTED;
+
+  *plan = FePlan{};
+  if (plan_private(*query, plan)) return FE_OK;
+  const int64_t accumulators = query->grad_weight_numel * accumulator_bytes(query->scalar_type);
+  const bool scratch_too_large = scalar_bytes(query->scalar_type) == 2 && accumulators > kMaxScratchBytes;
+  // Atomics on a table far larger than the L2 drag each line in and out: sorting costs less from 2^19 indices up.
+  const bool beyond_l2 = accumulators > 4 * query->device.l2_bytes && query->num_indices >= kMinSortIndices;
+  if (query->deterministic || scratch_too_large || beyond_l2) {
+    plan_sort(*query, plan);
+  } else {
+    plan_tile(*query, plan);
+  }
+  return FE_OK;
+}
