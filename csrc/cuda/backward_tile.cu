@@ -1,0 +1,422 @@
+// TILE: a block takes a tile of indices, brings equal ones together, sums each run of them in registers and adds the
+// sum to the gradient with one atomic a run: a hot row costs one atomic a tile instead of one an index.
+//
+// Equal indices are brought together by counting in a hash table in shared memory, not by sorting: the order of the
+// rows does not matter, and counting takes three barriers where a radix sort takes three a digit.
+//
+// One cooperative launch: the zeros of the gradient are written first, while the first tile is being grouped, so the
+// latency of the one hides behind the traffic of the other; after a grid-wide barrier come the additions. A 16-bit
+// gradient is summed in a float32 copy and rounded once after a second barrier.
+#include <cooperative_groups.h>
+
+#include "common.cuh"
+
+namespace fast_embedding {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerSm = 3;  // 4 leave 64 registers a thread, and spill
+constexpr int kMaxTile = 1024;
+constexpr int kUnroll = 4;  // gradient loads in flight in a thread; 8 spill
+constexpr int kMaxLanes = 64;
+constexpr int64_t kMemsetBytes = int64_t{64}
+                                 << 20;  // zeros from here on are cudaMemsetAsync's: 5% faster, one launch more
+constexpr int kMaxTables = 64;           // in one launch: the parameters of a kernel end at 4 KB
+constexpr int kItems = kMaxTile / kThreads;
+constexpr int32_t kEmpty = -1;
+constexpr uint32_t kSkip = 0xffffffffu;
+
+struct TileTable {
+  int64_t num_embeddings;
+  int64_t weight_offset;
+  int64_t padding_idx;
+  int64_t first_work;  // (tile, column chunk) pairs of all tables, in one list
+  int32_t embedding_dim;
+  int32_t first_column;  // of the table's slice of grad_output
+  int32_t lanes;         // threads that share a row: a column chunk
+  int32_t chunks;
+  int32_t index_table;
+  int32_t wide;  // rows are read in 16-byte packs
+};
+
+struct TileParams {
+  TileTable table[kMaxTables];
+  int32_t num_tables;
+  FeIndexType index_type;
+  const void* indices;
+  int64_t index_row_stride;
+  int64_t index_table_stride;
+  const void* grad_output;
+  int64_t grad_output_stride;
+  int64_t num_rows;
+  void* sums;  // accumulators of grad_weight's layout: grad_weight itself, or the float32 copy
+  void* grad_weight;
+  int64_t grad_weight_numel;
+  int64_t num_work;
+  int32_t tile;
+  int32_t slots;  // of the hash table: a power of two, at least twice the tile
+  int32_t slot_bits;
+  int32_t zero_first;
+  int32_t round_last;
+};
+
+// What a lane group's threads hand to the group in which a run began: their part of it, and whether it goes on.
+template <typename sum_t, int kSize>
+struct Edges {
+  Pack<sum_t, kSize> sum[kThreads];
+  bool goes_on[kThreads];
+};
+
+// The shared memory of a block, sized by the tile.
+struct TileShared {
+  int32_t* row;        // [slots] the row that a slot stands for
+  uint32_t* count;     // [slots] its indices, then where its run begins
+  uint32_t* grouped;   // [tile] position in the tile << 16 | slot, runs of equal slots
+  uint32_t* warp_sum;  // [kThreads / 32]
+  void* edges;         // Edges of the widest type
+
+  __device__ TileShared(char* memory, const TileParams& params) {
+    row = reinterpret_cast<int32_t*>(memory);
+    count = reinterpret_cast<uint32_t*>(row + params.slots);
+    grouped = count + params.slots;
+    warp_sum = grouped + params.tile;
+    edges = warp_sum + kThreads / 32;
+  }
+};
+
+size_t shared_bytes(const TileParams& params) {
+  return 4 * (2 * params.slots + params.tile + kThreads / 32) + sizeof(Edges<float, 8>);
+}
+
+__device__ inline uint32_t find_or_insert(const TileShared& shared, const TileParams& params, int32_t row) {
+  // Fibonacci hashing (Knuth, vol. 3, 6.4) with linear probing at a load of one half at the most.
+  uint32_t slot = static_cast<uint32_t>(row) * 2654435769u >> (32 - params.slot_bits);
+  while (true) {
+    const int32_t found = atomicCAS(&shared.row[slot], kEmpty, row);
+    if (found == kEmpty || found == row) return slot;
+    slot = (slot + 1) & (params.slots - 1);
+  }
+}
+
+// Turns counts into the beginnings of runs; returns the number of all. Ends with a barrier.
+__device__ inline uint32_t scan_counts(const TileShared& shared, const TileParams& params) {
+  const int per_thread = params.slots / kThreads;
+  const int first = threadIdx.x * per_thread;
+  uint32_t own = 0;
+  for (int i = 0; i < per_thread; ++i) own += shared.count[first + i];
+  uint32_t inclusive = own;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const uint32_t below = __shfl_up_sync(0xffffffffu, inclusive, delta);
+    if (lane >= delta) inclusive += below;
+  }
+  if (lane == 31) shared.warp_sum[warp] = inclusive;
+  __syncthreads();
+  uint32_t before = inclusive - own;
+  uint32_t total = 0;
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) {
+    if (w < warp) before += shared.warp_sum[w];
+    total += shared.warp_sum[w];
+  }
+  for (int i = 0; i < per_thread; ++i) {
+    const uint32_t count = shared.count[first + i];
+    shared.count[first + i] = before;
+    before += count;
+  }
+  __syncthreads();
+  return total;
+}
+
+// Finds which of this thread's indices is out of range, and fails.
+static __noinline__ __device__ void fail_in_tile(const TileParams& params, const TileTable& table, int64_t first_row) {
+  for (int64_t row = first_row + threadIdx.x; row < min(first_row + params.tile, params.num_rows); row += kThreads) {
+    check_index(load_index(params.indices, params.index_type,
+                           row * params.index_row_stride + table.index_table * params.index_table_stride),
+                table.num_embeddings);
+  }
+}
+
+// Fills shared.grouped from the tile that begins at `first_row`; returns how many indices are in it, padding left out.
+__device__ inline uint32_t group_tile(const TileShared& shared, const TileParams& params, const TileTable& table,
+                                      int64_t first_row) {
+  for (int slot = threadIdx.x; slot < params.slots; slot += kThreads) {
+    shared.row[slot] = kEmpty;
+    shared.count[slot] = 0;
+  }
+  __syncthreads();
+  uint32_t row[kItems];
+  uint32_t present = 0;
+  bool in_range = true;  // checked together: a branch behind each load would make the next load wait for it
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const int position = k * kThreads + threadIdx.x;
+    if (position < params.tile && first_row + position < params.num_rows) {
+      const int64_t index =
+          load_index(params.indices, params.index_type,
+                     (first_row + position) * params.index_row_stride + table.index_table * params.index_table_stride);
+      in_range = in_range && is_in_range(index, table.num_embeddings);
+      row[k] = static_cast<uint32_t>(index);
+      if (index != table.padding_idx) present |= 1u << k;
+    }
+  }
+  if (!in_range) fail_in_tile(params, table, first_row);
+  uint32_t slot[kItems];
+  uint32_t rank[kItems];
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    slot[k] = kSkip;
+    if (present >> k & 1) {
+      slot[k] = find_or_insert(shared, params, static_cast<int32_t>(row[k]));
+      rank[k] = atomicAdd(&shared.count[slot[k]], 1u);
+    }
+  }
+  __syncthreads();
+  const uint32_t total = scan_counts(shared, params);
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    if (slot[k] != kSkip) {
+      const uint32_t position = k * kThreads + threadIdx.x;
+      shared.grouped[shared.count[slot[k]] + rank[k]] = position << 16 | slot[k];
+    }
+  }
+  __syncthreads();
+  return total;
+}
+
+// Each lane group sums an equal share of the grouped list, whatever the runs. A run that reaches over shares is put
+// together by the group in which it begins, so each row costs one atomic a tile, and a hot row's sum has three levels
+// of at most a few hundred additions instead of one long chain.
+template <typename scalar_t, int kSize>
+__device__ inline void add_runs(const TileShared& shared, const TileParams& params, const TileTable& table,
+                                int64_t first_row, int chunk, uint32_t total) {
+  using sum_t = acc_t<scalar_t>;
+  auto& edges = *static_cast<Edges<sum_t, kSize>*>(shared.edges);
+  const int group = threadIdx.x / table.lanes;
+  const int groups = kThreads / table.lanes;
+  const int column = (chunk * table.lanes + threadIdx.x - group * table.lanes) * kSize;
+  const uint32_t share = (total + groups - 1) / groups;
+  const uint32_t begin = min(group * share, total);
+  const uint32_t end = min(begin + share, total);
+  const bool works = group < groups && column < table.embedding_dim && begin < end;
+
+  sum_t* sums = static_cast<sum_t*>(params.sums) + table.weight_offset + column;
+  const auto slot_of = [&](uint32_t i) { return shared.grouped[i] & 0xffffu; };
+  const auto add = [&](uint32_t slot, const sum_t(&sum)[kSize]) {
+    add_atomically(sums + static_cast<int64_t>(shared.row[slot]) * table.embedding_dim, sum);
+  };
+
+  sum_t sum[kSize] = {};
+  uint32_t current = kSkip;
+  bool pending = false;
+  if (works) {
+    const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + table.first_column + column +
+                           first_row * params.grad_output_stride;
+    current = slot_of(begin);
+    bool incoming = begin > 0 && slot_of(begin - 1) == current;
+    const auto hand_over = [&](bool goes_on) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) edges.sum[threadIdx.x].value[j] = sum[j];
+      edges.goes_on[threadIdx.x] = goes_on;
+    };
+    for (uint32_t i = begin; i < end; i += kUnroll) {
+      uint32_t slot[kUnroll];
+      Pack<scalar_t, kSize> value[kUnroll];
+#pragma unroll
+      for (int k = 0; k < kUnroll; ++k) {
+        const uint32_t entry = shared.grouped[min(i + k, end - 1)];
+        slot[k] = entry & 0xffffu;
+        if (i + k < end) value[k] = load_once<kSize>(grad + (entry >> 16) * params.grad_output_stride);
+      }
+#pragma unroll
+      for (int k = 0; k < kUnroll; ++k) {
+        if (i + k >= end) break;
+        if (slot[k] != current) {
+          if (incoming) {
+            hand_over(false);
+          } else {
+            add(current, sum);
+          }
+          incoming = false;
+          current = slot[k];
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) sum[j] = 0;
+        }
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) sum[j] += widen(value[k].value[j]);
+      }
+    }
+    const bool outgoing = end < total && slot_of(end) == current;
+    if (incoming) {
+      hand_over(outgoing);
+    } else if (outgoing) {
+      pending = true;
+    } else {
+      add(current, sum);
+    }
+  }
+  __syncthreads();
+  if (pending) {
+    for (int thread = threadIdx.x + table.lanes; thread < groups * table.lanes; thread += table.lanes) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sum[j] += edges.sum[thread].value[j];
+      if (!edges.goes_on[thread]) break;
+    }
+    add(current, sum);
+  }
+}
+
+__device__ inline const TileTable& table_of_work(const TileParams& params, int64_t work) {
+  int t = params.num_tables - 1;
+  while (params.table[t].first_work > work) --t;
+  return params.table[t];
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __grid_constant__ TileParams params) {
+  using sum_t = acc_t<scalar_t>;
+  extern __shared__ __align__(16) char memory[];
+  const TileShared shared(memory, params);
+  const auto grid = cooperative_groups::this_grid();
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * kThreads;
+
+  if (params.zero_first) {
+    fill_zero(params.sums, params.grad_weight_numel * sizeof(sum_t), thread, num_threads);
+  }
+  bool zeroed = !params.zero_first;
+  for (int64_t work = blockIdx.x; work < params.num_work; work += gridDim.x) {
+    const TileTable& table = table_of_work(params, work);
+    const int64_t local = work - table.first_work;
+    const int64_t first_row = local / table.chunks * params.tile;
+    const int chunk = static_cast<int>(local % table.chunks);
+    const uint32_t total = group_tile(shared, params, table, first_row);
+    if (!zeroed) {
+      grid.sync();
+      zeroed = true;
+    }
+    if (table.wide) {
+      add_runs<scalar_t, kWide<scalar_t>>(shared, params, table, first_row, chunk, total);
+    } else {
+      add_runs<scalar_t, 1>(shared, params, table, first_row, chunk, total);
+    }
+    __syncthreads();
+  }
+  if (!zeroed) grid.sync();
+
+  if constexpr (sizeof(scalar_t) == 2) {
+    if (params.round_last) {
+      grid.sync();
+      const sum_t* sums = static_cast<const sum_t*>(params.sums);
+      scalar_t* grad_weight = static_cast<scalar_t*>(params.grad_weight);
+      for (int64_t i = thread; i < params.grad_weight_numel; i += num_threads) {
+        grad_weight[i] = narrow<scalar_t>(sums[i]);
+      }
+    }
+  }
+}
+
+// Column chunks of a row of `packs` packs: whole up to kMaxLanes, else equal parts of at most that.
+void split_columns(int64_t packs, TileTable* table) {
+  table->chunks = static_cast<int32_t>(ceil_div(packs, kMaxLanes));
+  table->lanes = static_cast<int32_t>(ceil_div(packs, table->chunks));
+}
+
+bool is_wide(const FeBackwardArgs& args, const TileTable& table, const void* sums) {
+  const int64_t scalar = scalar_bytes(args.scalar_type);
+  const int64_t sum = accumulator_bytes(args.scalar_type);
+  const uint64_t reads = (reinterpret_cast<uintptr_t>(args.grad_output) + table.first_column * scalar) |
+                         args.grad_output_stride * scalar | table.embedding_dim * scalar;
+  const uint64_t adds = (reinterpret_cast<uintptr_t>(sums) + table.weight_offset * sum) | table.embedding_dim * sum;
+  return reads % 16 == 0 && adds % 16 == 0;
+}
+
+template <typename scalar_t>
+FeStatus launch(TileParams& params, const DeviceInfo& device, cudaStream_t stream) {
+  const int64_t shared = shared_bytes(params);
+  // Each block also takes 1 KB that the system reserves. All blocks of a cooperative grid must be resident.
+  const int64_t fitting = std::min<int64_t>(device.properties.shared_bytes_per_sm / (shared + 1024), kBlocksPerSm);
+  if (fitting < 1 || shared > 48 * 1024) return FE_INVALID_ARGUMENT;
+  const int64_t resident = fitting * device.properties.num_sms;
+  const int64_t zero_bytes = params.zero_first ? params.grad_weight_numel * sizeof(acc_t<scalar_t>) : 0;
+  if (zero_bytes >= kMemsetBytes) {
+    const FeStatus zeroed = check_cuda(cudaMemsetAsync(params.sums, 0, zero_bytes, stream), "backward_tile");
+    if (zeroed != FE_OK) return zeroed;
+    params.zero_first = 0;
+  }
+  // Zeros take the whole device; with few, no more blocks than there is work.
+  const int64_t wanted = std::max(params.num_work, ceil_div(params.zero_first ? zero_bytes : 0, kThreads * 16 * 4));
+  void* arguments[] = {&params};
+  return check_cuda(cudaLaunchCooperativeKernel(tile_backward<scalar_t>,
+                                                dim3(static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, resident))),
+                                                dim3(kThreads), arguments, static_cast<size_t>(shared), stream),
+                    "backward_tile");
+}
+
+}  // namespace
+
+FeStatus backward_tile(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+                       size_t* workspace_bytes, cudaStream_t stream) {
+  const bool scratch = scalar_bytes(args.scalar_type) == 2;
+  if (plan.tile < kThreads || plan.tile > kMaxTile || plan.tile % kThreads != 0 ||
+      scratch != (plan.float32_scratch != 0)) {
+    return FE_INVALID_ARGUMENT;
+  }
+  const size_t needed = scratch ? args.grad_weight_numel * sizeof(float) : 0;
+  if (workspace == nullptr) {
+    *workspace_bytes = needed;
+    return FE_OK;
+  }
+  if (*workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;
+
+  TileParams params;
+  params.index_type = args.index_type;
+  params.indices = args.indices;
+  params.index_row_stride = args.index_row_stride;
+  params.index_table_stride = args.index_table_stride;
+  params.grad_output = args.grad_output;
+  params.grad_output_stride = args.grad_output_stride;
+  params.num_rows = args.num_rows;
+  params.sums = scratch ? workspace : args.grad_weight;
+  params.grad_weight = args.grad_weight;
+  params.grad_weight_numel = args.grad_weight_numel;
+  params.tile = plan.tile;
+  params.slot_bits = 1;
+  while (1 << params.slot_bits < 2 * plan.tile) ++params.slot_bits;
+  params.slots = 1 << params.slot_bits;
+
+  const int64_t tiles = ceil_div(args.num_rows, plan.tile);
+  int64_t first_column = 0;
+  for (int64_t first = 0; first < args.num_tables; first += kMaxTables) {
+    const int64_t last = std::min<int64_t>(first + kMaxTables, args.num_tables);
+    params.num_tables = static_cast<int32_t>(last - first);
+    params.num_work = 0;
+    for (int64_t t = first; t < last; ++t) {
+      const FeTable& source = args.tables[t];
+      TileTable& table = params.table[t - first];
+      table.num_embeddings = source.num_embeddings;
+      table.weight_offset = source.weight_offset;
+      table.padding_idx = source.padding_idx;
+      table.first_work = params.num_work;
+      table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
+      table.first_column = static_cast<int32_t>(first_column);
+      table.index_table = static_cast<int32_t>(t);
+      table.wide = is_wide(args, table, params.sums);
+      split_columns(
+          ceil_div(std::max<int64_t>(source.embedding_dim, 1), table.wide ? 16 / scalar_bytes(args.scalar_type) : 1),
+          &table);
+      params.num_work += tiles * table.chunks;
+      first_column += source.embedding_dim;
+    }
+    params.zero_first = first == 0;
+    params.round_last = scratch && last == args.num_tables;
+    const FeStatus status = dispatch_scalar(
+        args.scalar_type, [&](auto scalar) { return launch<decltype(scalar)>(params, device, stream); });
+    if (status != FE_OK) return status;
+  }
+  return FE_OK;
+}
+
+}  // namespace fast_embedding

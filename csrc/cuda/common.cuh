@@ -1,0 +1,211 @@
+// What all kernels share: types, wide loads, the range check, and the launch bookkeeping.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cassert>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+#include "fast_embedding.h"
+
+namespace fast_embedding {
+
+// ---- Scalars: 16-bit types accumulate in float32 and round once, to nearest even ----
+
+template <typename scalar_t>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <typename scalar_t>
+using acc_t = typename Accumulator<scalar_t>::type;
+
+__device__ inline float widen(float value) { return value; }
+__device__ inline double widen(double value) { return value; }
+__device__ inline float widen(__half value) { return __half2float(value); }
+__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename scalar_t>
+__device__ inline scalar_t narrow(acc_t<scalar_t> value) {
+  return value;
+}
+template <>
+__device__ inline __half narrow<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// ---- Wide accesses ----
+
+template <typename T, int kSize>
+struct alignas(sizeof(T) * kSize) Pack {
+  T value[kSize];
+};
+
+// The columns of a scalar type that fill one 16-byte access, the widest there is.
+template <typename scalar_t>
+constexpr int kWide = 16 / sizeof(scalar_t);
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<4> {
+  using type = unsigned int;
+};
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+
+// Reads what is used once past the cache's working set (evict first): the gradient must not push out the table.
+template <int kSize, typename T>
+__device__ inline Pack<T, kSize> load_once(const T* address) {
+  constexpr int kBytes = sizeof(T) * kSize;
+  using word_t = typename Word < kBytes<16 ? kBytes : 16>::type;
+  word_t words[kBytes / sizeof(word_t)];
+#pragma unroll
+  for (int i = 0; i < kBytes / static_cast<int>(sizeof(word_t)); ++i) {
+    words[i] = __ldcs(reinterpret_cast<const word_t*>(address) + i);
+  }
+  Pack<T, kSize> pack;
+  memcpy(&pack, words, kBytes);
+  return pack;
+}
+
+template <typename scalar_t, int kSize>
+__device__ inline void store(scalar_t* address, const acc_t<scalar_t> (&sum)[kSize]) {
+  Pack<scalar_t, kSize> pack;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) pack.value[j] = narrow<scalar_t>(sum[j]);
+  *reinterpret_cast<Pack<scalar_t, kSize>*>(address) = pack;
+}
+
+// Adds to memory that other blocks add to. sm_90 takes four floats in one transaction, older chips one.
+template <typename T, int kSize>
+__device__ inline void add_atomically(T* address, const T (&sum)[kSize]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(FE_SCALAR_ATOMICS)
+  constexpr bool kFours = sizeof(T) == 4 && kSize % 4 == 0;
+#else
+  constexpr bool kFours = false;
+#endif
+  if constexpr (kFours) {
+#pragma unroll
+    for (int j = 0; j < kSize; j += 4) {
+      atomicAdd(reinterpret_cast<float4*>(address + j), make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]));
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) atomicAdd(address + j, sum[j]);
+  }
+}
+
+// Writes zeros to [begin, begin + bytes) with all threads of the grid; the address need not be aligned.
+__device__ inline void fill_zero(void* begin, int64_t bytes, int64_t thread, int64_t num_threads) {
+  char* address = static_cast<char*>(begin);
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(address) % 16;
+  const int64_t head = misaligned ? min(16 - misaligned, bytes) : 0;
+  const int64_t words = (bytes - head) / 16;
+  const int64_t tail = bytes - head - words * 16;
+  uint4* body = reinterpret_cast<uint4*>(address + head);
+  for (int64_t i = thread; i < words; i += num_threads) body[i] = make_uint4(0, 0, 0, 0);
+  if (thread < head) address[thread] = 0;
+  if (thread < tail) address[bytes - tail + thread] = 0;
+}
+
+// ---- Indices ----
+
+__device__ inline int64_t load_index(const void* indices, FeIndexType type, int64_t position) {
+  return type == FE_INT64 ? __ldg(static_cast<const long long*>(indices) + position)
+                          : __ldg(static_cast<const int*>(indices) + position);
+}
+
+// Out of line: the printing needs a stack frame that the kernels should not carry.
+static __noinline__ __device__ void fail_out_of_range(int64_t index, int64_t num_embeddings) {
+  printf("fast_embedding: index %lld is out of range for an embedding of %lld rows\n", static_cast<long long>(index),
+         static_cast<long long>(num_embeddings));
+  assert(false && "embedding index out of range");
+}
+
+__device__ inline bool is_in_range(int64_t index, int64_t num_embeddings) {
+  return static_cast<uint64_t>(index) < static_cast<uint64_t>(num_embeddings);
+}
+
+// Never returns with an index outside [0, num_embeddings).
+__device__ inline void check_index(int64_t index, int64_t num_embeddings) {
+  if (!is_in_range(index, num_embeddings)) fail_out_of_range(index, num_embeddings);
+}
+
+// Division of numbers below 2^31 by a divisor fixed at launch: multiply, add, shift (Granlund and Montgomery 1994).
+struct Divisor {
+  uint32_t divisor = 1, multiplier = 1, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t value) : divisor(value) {
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
+  }
+  __device__ uint32_t quotient(uint32_t value) const { return (__umulhi(value, multiplier) + value) >> shift; }
+};
+
+// ---- Host ----
+
+struct DeviceInfo {
+  FeDevice properties;
+  bool cooperative;
+};
+
+// The current device's, read once. FE_CUDA_ERROR without a device.
+FeStatus device_info(const DeviceInfo** info);
+
+// Records the CUDA error behind FE_CUDA_ERROR for fe_cuda_last_error().
+FeStatus check_cuda(cudaError_t error, const char* what);
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
+inline int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
+
+// Calls f with a value of the C++ type that stands for `type`.
+template <typename Function>
+FeStatus dispatch_scalar(FeScalarType type, Function&& f) {
+  switch (type) {
+    case FE_FLOAT32:
+      return f(float{});
+    case FE_FLOAT64:
+      return f(double{});
+    case FE_FLOAT16:
+      return f(__half{});
+    case FE_BFLOAT16:
+      return f(__nv_bfloat16{});
+  }
+  return FE_INVALID_ARGUMENT;
+}
+
+// The strategies. Each takes workspace == nullptr as the size query; embedding_backward.cu has checked the arguments.
+FeStatus backward_private(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+                          size_t* workspace_bytes, cudaStream_t stream);
+FeStatus backward_tile(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+                       size_t* workspace_bytes, cudaStream_t stream);
+FeStatus backward_sort(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+                       size_t* workspace_bytes, cudaStream_t stream);
+
+}  // namespace fast_embedding

@@ -1,0 +1,90 @@
+// The backward's front door: checks, the plan, and the call of the strategy that it names.
+#include "common.cuh"
+
+namespace fast_embedding {
+namespace {
+
+FeStatus check_arguments(const FeBackwardArgs* args) {
+  if (args == nullptr || args->num_rows < 0 || args->num_tables < 0 || args->grad_weight_numel < 0) {
+    return FE_INVALID_ARGUMENT;
+  }
+  if (args->num_tables > 0 && args->tables == nullptr) return FE_INVALID_ARGUMENT;
+  for (int64_t t = 0; t < args->num_tables; ++t) {
+    const FeTable& table = args->tables[t];
+    if (table.num_embeddings < 0 || table.embedding_dim < 0 || table.weight_offset < 0 ||
+        table.weight_stride != table.embedding_dim ||
+        table.weight_offset + table.num_embeddings * table.embedding_dim > args->grad_weight_numel) {
+      return FE_INVALID_ARGUMENT;
+    }
+  }
+  return FE_OK;
+}
+
+FePlanQuery plan_query(const FeBackwardArgs& args, const DeviceInfo& device) {
+  FePlanQuery query{};
+  query.scalar_type = args.scalar_type;
+  query.num_tables = args.num_tables;
+  for (int64_t t = 0; t < args.num_tables; ++t) {
+    query.num_embeddings += args.tables[t].num_embeddings;
+    query.embedding_dim = std::max(query.embedding_dim, args.tables[t].embedding_dim);
+  }
+  query.num_indices = args.num_rows;
+  query.grad_weight_numel = args.grad_weight_numel;
+  query.deterministic = args.deterministic;
+  query.device = device.properties;
+  return query;
+}
+
+FeStatus run(const FePlan* given, const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes, void* stream) {
+  const FeStatus checked = check_arguments(args);
+  if (checked != FE_OK || workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
+  const DeviceInfo* device = nullptr;
+  FeStatus status = device_info(&device);
+  if (status != FE_OK) return status;
+  if (!device->cooperative) return FE_UNSUPPORTED;
+
+  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+  const bool no_lookups = args->num_rows == 0 || args->num_tables == 0;
+  if (args->grad_weight_numel == 0 || no_lookups) {
+    *workspace_bytes = 0;
+    if (workspace == nullptr || args->grad_weight_numel == 0) return FE_OK;
+    const size_t bytes = args->grad_weight_numel * scalar_bytes(args->scalar_type);
+    return check_cuda(cudaMemsetAsync(args->grad_weight, 0, bytes, cuda_stream), "embedding_backward");
+  }
+
+  FePlan plan;
+  if (given != nullptr) {
+    plan = *given;
+  } else {
+    const FePlanQuery query = plan_query(*args, *device);
+    status = fe_plan_embedding_backward(&query, &plan);
+    if (status != FE_OK) return status;
+  }
+  switch (plan.strategy) {
+    case FE_STRATEGY_PRIVATE:
+      return backward_private(plan, *args, *device, workspace, workspace_bytes, cuda_stream);
+    case FE_STRATEGY_TILE:
+      return backward_tile(plan, *args, *device, workspace, workspace_bytes, cuda_stream);
+    case FE_STRATEGY_SORT:
+      return backward_sort(plan, *args, *device, workspace, workspace_bytes, cuda_stream);
+  }
+  return FE_INVALID_ARGUMENT;
+}
+
+}  // namespace
+}  // namespace fast_embedding
+
+extern "C" {
+
+FeStatus fe_cuda_embedding_backward(const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes,
+                                    void* stream) {
+  return fast_embedding::run(nullptr, args, workspace, workspace_bytes, stream);
+}
+
+FeStatus fe_cuda_embedding_backward_by(const FePlan* plan, const FeBackwardArgs* args, void* workspace,
+                                       size_t* workspace_bytes, void* stream) {
+  if (plan == nullptr) return FE_INVALID_ARGUMENT;
+  return fast_embedding::run(plan, args, workspace, workspace_bytes, stream);
+}
+
+}  // extern "C"
