@@ -1,0 +1,137 @@
+#include "common.h"
+
+#include <algorithm>
+#include <atomic>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace fast_embedding::cpu {
+namespace {
+
+bool fits_int64(int64_t a, int64_t b, int64_t* product) { return !__builtin_mul_overflow(a, b, product); }
+
+// Sum of D, or -1 where a table is invalid.
+int64_t sum_of_columns(const FeTable* tables, int64_t num_tables) {
+  int64_t columns = 0;
+  for (int64_t t = 0; t < num_tables; ++t) {
+    const FeTable& table = tables[t];
+    int64_t numel;
+    if (table.num_embeddings < 0 || table.embedding_dim < 0 || table.weight_offset < 0 || table.padding_idx < -1 ||
+        !fits_int64(table.num_embeddings, table.embedding_dim, &numel)) {
+      return -1;
+    }
+    columns += table.embedding_dim;
+  }
+  return columns;
+}
+
+template <typename Args>
+FeStatus check_common(const Args* args, bool running, const FeCpuContext* context, int64_t* columns) {
+  if (args == nullptr || args->num_tables < 0 || args->num_rows < 0 || scalar_bytes(args->scalar_type) == 0 ||
+      (args->index_type != FE_INT32 && args->index_type != FE_INT64) ||
+      (args->tables == nullptr && args->num_tables > 0)) {
+    return FE_INVALID_ARGUMENT;
+  }
+  *columns = sum_of_columns(args->tables, args->num_tables);
+  int64_t numel;
+  if (*columns < 0 || !fits_int64(args->num_rows, std::max<int64_t>(*columns, 1), &numel)) return FE_INVALID_ARGUMENT;
+  if (!running) return FE_OK;
+  if (args->indices == nullptr && args->num_rows > 0 && args->num_tables > 0) return FE_INVALID_ARGUMENT;
+  if (context == nullptr || context->index_error == nullptr ||
+      (context->parallel_for == nullptr && context->num_threads > 1)) {
+    return FE_INVALID_ARGUMENT;
+  }
+  return FE_OK;
+}
+
+}  // namespace
+
+FeStatus check_arguments(const FeForwardArgs* args, bool running, const FeCpuContext* context) {
+  int64_t columns = 0;
+  const FeStatus status = check_common(args, running, context, &columns);
+  if (status != FE_OK || !running) return status;
+  const bool empty = args->num_rows == 0 || columns == 0;
+  // The weight may be null where all tables have no rows: no index is in range then, and the check says so.
+  if (!empty && args->output == nullptr) return FE_INVALID_ARGUMENT;
+  if (!empty && args->output_stride < columns) return FE_INVALID_ARGUMENT;
+  if (!empty && args->weight == nullptr &&
+      std::any_of(args->tables, args->tables + args->num_tables,
+                  [](const FeTable& table) { return table.num_embeddings > 0 && table.embedding_dim > 0; })) {
+    return FE_INVALID_ARGUMENT;
+  }
+  return FE_OK;
+}
+
+FeStatus check_arguments(const FeBackwardArgs* args, bool running, const FeCpuContext* context) {
+  int64_t columns = 0;
+  const FeStatus status = check_common(args, running, context, &columns);
+  if (status != FE_OK) return status;
+  if (args->grad_weight_numel < 0) return FE_INVALID_ARGUMENT;
+  for (int64_t t = 0; t < args->num_tables; ++t) {
+    const FeTable& table = args->tables[t];
+    const int64_t numel = table.num_embeddings * table.embedding_dim;
+    if (numel > args->grad_weight_numel || table.weight_offset > args->grad_weight_numel - numel ||
+        (table.num_embeddings > 1 && table.weight_stride != table.embedding_dim)) {
+      return FE_INVALID_ARGUMENT;
+    }
+  }
+  if (!running) return FE_OK;
+  if (args->grad_weight == nullptr && args->grad_weight_numel > 0) return FE_INVALID_ARGUMENT;
+  if (args->grad_output == nullptr && args->num_rows > 0 && columns > 0) return FE_INVALID_ARGUMENT;
+  return FE_OK;
+}
+
+FeStatus check_indices(const Indices& indices, int64_t num_rows, const FeTable* tables, int64_t num_tables,
+                       const FeCpuContext& context) {
+  std::atomic<bool> found{false};
+  const int64_t num_tiles = divide_up(num_rows, kTile);
+  const int64_t tiles_per_grain =
+      std::max<int64_t>(1, kGrainBytes / (kTile * int64_t{sizeof(int64_t)} * std::max<int64_t>(num_tables, 1)));
+  parallel_for(context, 0, num_tiles, tiles_per_grain, [&](int64_t first_tile, int64_t last_tile) {
+    int64_t tile[kTile];
+    for (int64_t i = first_tile; i < last_tile && !found.load(std::memory_order_relaxed); ++i) {
+      const int64_t count = std::min(kTile, num_rows - i * kTile);
+      for (int64_t t = 0; t < num_tables; ++t) {
+        indices.read(i * kTile, count, t, tile);
+        // The sign of index or of V - 1 - index is set where one is out of range. Sums of signs vectorise on every CPU;
+        // 64-bit comparisons do not.
+        const uint64_t last = static_cast<uint64_t>(tables[t].num_embeddings) - 1;
+        uint64_t signs = 0;
+        for (int64_t k = 0; k < count; ++k)
+          signs |= static_cast<uint64_t>(tile[k]) | (last - static_cast<uint64_t>(tile[k]));
+        if (static_cast<int64_t>(signs) < 0) found.store(true, std::memory_order_relaxed);
+      }
+    }
+  });
+  if (!found.load()) return FE_OK;
+  // Which thread saw one first is a matter of chance; a second, serial look makes the answer the same every time.
+  for (int64_t b = 0; b < num_rows; ++b) {
+    for (int64_t t = 0; t < num_tables; ++t) {
+      const int64_t index = indices.at(b, t);
+      if (index < 0 || index >= tables[t].num_embeddings) {
+        *context.index_error = {index, b, t, tables[t].num_embeddings};
+        return FE_INDEX_OUT_OF_RANGE;
+      }
+    }
+  }
+  return FE_INDEX_OUT_OF_RANGE;  // the caller changed the indices meanwhile; still nothing is written
+}
+
+void expect_whole_write(void* begin, int64_t bytes) {
+#if defined(__linux__)
+  if (bytes < kHugePageBytes) return;
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) / page * page;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#else
+  (void)begin, (void)bytes;
+#endif
+}
+
+}  // namespace fast_embedding::cpu
+
+int32_t fe_cpu_abi_version(void) { return FE_ABI_VERSION; }

@@ -1,0 +1,74 @@
+// output[b] = [table_0[x[b, 0]], table_1[x[b, 1]], ...].
+//
+// All indices are checked before the first store. Then each thread takes a range of rows, and in it a tile of rows at a
+// time through all tables, so that a line of the output that several narrow tables share is written while it is in L1.
+
+#include <algorithm>
+
+#include "common.h"
+#include "row_kernels.h"
+
+namespace fast_embedding::cpu {
+namespace {
+
+// Output of one tile: half of a usual L1.
+constexpr int64_t kTileBytes = 16 << 10;
+
+// Rows of a table below this are in L2 after their first use: prefetching them only costs instructions.
+constexpr int64_t kCachedTableBytes = 256 << 10;
+constexpr int64_t kPrefetchBytes = 256;
+
+void gather_rows(const FeForwardArgs& args, const Indices& indices, const RowKernels& kernels, int64_t columns,
+                 int64_t begin, int64_t end) {
+  const int64_t bytes = scalar_bytes(args.scalar_type);
+  const int64_t output_stride = args.output_stride * bytes;
+  // With one table a row is written once whatever the tile.
+  const int64_t tile_rows =
+      args.num_tables == 1 ? kTile : std::clamp<int64_t>(kTileBytes / (columns * bytes), 16, kTile);
+  int64_t rows[kTile];
+  for (int64_t row = begin; row < end; row += tile_rows) {
+    const int64_t count = std::min(tile_rows, end - row);
+    char* output = static_cast<char*>(args.output) + row * output_stride;
+    for (int64_t t = 0; t < args.num_tables; ++t) {
+      const FeTable& table = args.tables[t];
+      const int64_t row_bytes = table.embedding_dim * bytes;
+      if (row_bytes == 0) continue;
+      const bool cached = table.num_embeddings * row_bytes <= kCachedTableBytes;
+      indices.read(row, count, t, rows);
+      kernels.gather(row_bytes)(
+          output, output_stride, static_cast<const char*>(args.weight) + table.weight_offset * bytes,
+          table.weight_stride * bytes, rows, count, row_bytes, cached ? 0 : std::min(row_bytes, kPrefetchBytes));
+      output += row_bytes;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fast_embedding::cpu
+
+FeStatus fe_cpu_embedding_forward(const FeForwardArgs* args, void* workspace, size_t* workspace_bytes,
+                                  const FeCpuContext* context) {
+  using namespace fast_embedding::cpu;
+  if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
+  const bool running = workspace != nullptr;
+  FeStatus status = check_arguments(args, running, context);
+  if (status != FE_OK) return status;
+  if (!running) {
+    *workspace_bytes = 0;
+    return FE_OK;
+  }
+  const Indices indices(*args);
+  status = check_indices(indices, args->num_rows, args->tables, args->num_tables, *context);
+  if (status != FE_OK) return status;
+  int64_t columns = 0;
+  for (int64_t t = 0; t < args->num_tables; ++t) columns += args->tables[t].embedding_dim;
+  if (columns == 0) return FE_OK;
+  const RowKernels& kernels = row_kernels();
+  if (args->output_stride == columns) {
+    expect_whole_write(args->output, args->num_rows * columns * scalar_bytes(args->scalar_type));
+  }
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / (columns * scalar_bytes(args->scalar_type)));
+  parallel_for(*context, 0, args->num_rows, grain,
+               [&](int64_t begin, int64_t end) { gather_rows(*args, indices, kernels, columns, begin, end); });
+  return FE_OK;
+}
