@@ -1,0 +1,63 @@
+"""The native operators, loaded at first use.
+
+These are the operators as they stand, without the cases that PyTorch's own take over: :mod:`fast_embedding.functional`
+is what programs call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._loader import load, native_platform, require
+
+__all__ = ["embedding", "load", "multi_embedding", "native_platform", "require"]
+
+
+def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1) -> Tensor:
+    """Rows of one table.
+
+    Args:
+        weight: (V, D), any floating type; kernels exist for float32, float64, float16 and bfloat16.
+        indices: int32 or int64, any shape and strides, on the weight's device.
+        padding_idx: a row that gets no gradient, in [0, V), or -1 for none.
+
+    Returns:
+        (\\*indices.shape, D) in the weight's dtype, contiguous.
+
+    Raises:
+        RuntimeError: wrong dtype, shape or device; no native library (see :func:`load` and :func:`require`).
+        IndexError: on the CPU, an index outside [0, V). On CUDA that is a device-side assert.
+    """
+    load()
+    return torch.ops.fast_embedding.embedding.default(weight, indices, padding_idx)
+
+
+def multi_embedding(
+    weight: Tensor,
+    indices: Tensor,
+    num_embeddings: Sequence[int],
+    embedding_dims: Sequence[int],
+    weight_offsets: Sequence[int],
+    padding_idx: Sequence[int],
+) -> Tensor:
+    """Rows of n tables, side by side.
+
+    Args:
+        weight: (numel,), all tables; table t is (V_t, D_t), packed, from weight_offsets[t].
+        indices: (..., n), int32 or int64, any strides, on the weight's device.
+        num_embeddings, embedding_dims, weight_offsets: per table; the offsets ascend and tables do not overlap.
+        padding_idx: per table a row that gets no gradient, or -1 for none.
+
+    Returns:
+        (..., D_0 + ... + D_{n-1}) in the weight's dtype, contiguous.
+
+    Raises:
+        RuntimeError, IndexError: as :func:`embedding`, or tables that do not fit the weight.
+    """
+    load()
+    return torch.ops.fast_embedding.multi_embedding.default(
+        weight, indices, num_embeddings, embedding_dims, weight_offsets, padding_idx
+    )
