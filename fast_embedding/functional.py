@@ -1,0 +1,225 @@
+"""The lookups of :mod:`fast_embedding` as functions.
+
+:func:`embedding` is :func:`torch.nn.functional.embedding`, accelerated; :func:`multi_embedding` looks up several tables
+at once. Both give the result of the plain torch operations, and run them wherever the accelerated ones have nothing
+to offer: options that are not accelerated, tensor subclasses, other devices, ``torch.export``, ``torch.jit``.
+
+An index outside its table raises :exc:`IndexError` on the CPU. On a GPU it fails a device assertion, as in torch,
+unless ``check_indices=True`` or the environment variable ``FAST_EMBEDDING_CHECK=1`` (read at import) asks for an
+:exc:`IndexError` there too, which costs a synchronisation a call. The check is skipped where the indices cannot be
+read: under ``torch.compile``, under ``torch.func`` transforms, and while a CUDA graph is captured.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import ops
+from .layout import TableLayout
+
+__all__ = ["embedding", "multi_embedding"]
+
+_CHECK_INDICES = os.environ.get("FAST_EMBEDDING_CHECK", "0") not in ("", "0")
+
+# A subclass (DTensor, a quantised tensor, ...) brings its own rules for aten::embedding and has none for our op.
+_PLAIN_TENSORS = (Parameter, Tensor)
+_ON_CPU = ops.native_platform()
+_ON_CUDA = ops.native_platform() and torch.version.hip is None
+
+# Indices. On the CPU an op from a library costs 0.3 us over torch's own, its autograd node 2 us more; measured at
+# D = 4 to 64 and V = 10 to 50000, a training step wins them back from 64 indices on.
+_CPU_MIN_INDICES = 64
+
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    *,
+    check_indices: bool | None = None,
+) -> Tensor:
+    """Look up rows of ``weight``: :func:`torch.nn.functional.embedding` with a faster forward and backward.
+
+    The gradient of ``weight`` accumulates in float32 for 16-bit types and is rounded once.
+    ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` are torch's own, unaccelerated.
+
+    Args:
+        input: int32 or int64, any shape.
+        weight: (num_embeddings, embedding_dim); accelerated in float32, float64, float16 and bfloat16.
+        padding_idx: a row that gets no gradient; negative values count from the end.
+        max_norm, norm_type: renormalise the rows looked up, in place, to at most this norm.
+        scale_grad_by_freq: divide the gradient of a row by its number of occurrences in ``input``.
+        sparse: give ``weight`` a sparse gradient.
+        check_indices: raise :exc:`IndexError` on a GPU too; None means ``FAST_EMBEDDING_CHECK``.
+
+    Returns:
+        (\\*input.shape, embedding_dim), the dtype of ``weight``.
+
+    Raises:
+        IndexError: an index is outside [0, num_embeddings).
+        AssertionError: ``padding_idx`` is outside the table.
+        RuntimeError: ``input`` is not int32 or int64, ``weight`` is not 2-D, they are on different devices, or the
+            native library cannot be loaded.
+
+    >>> weight = torch.arange(6.0).view(3, 2)
+    >>> embedding(torch.tensor([[0, 2]]), weight)
+    tensor([[[0., 1.],
+             [4., 5.]]])
+    """
+    if check_indices or (check_indices is None and _CHECK_INDICES):
+        _check_indices(input, weight.size(0))
+    if max_norm is not None or scale_grad_by_freq or sparse or _falls_through(input, weight):
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if padding_idx is None:
+        padding_idx = -1
+    else:
+        num_embeddings = weight.size(0)
+        if not -num_embeddings <= padding_idx < num_embeddings:
+            return F.embedding(input, weight, padding_idx)  # which knows its own error
+        if padding_idx < 0:
+            padding_idx += num_embeddings
+    if weight.is_cpu and not _is_compiling() and input.numel() < _CPU_MIN_INDICES:
+        try:
+            return torch.embedding(weight, input, padding_idx)
+        except IndexError:
+            _check_indices(input, weight.size(0))  # torch's own error names neither index nor table
+            raise
+    return ops.embedding(weight, input, padding_idx)
+
+
+def multi_embedding(
+    input: Tensor,
+    weight: Tensor,
+    num_embeddings: Sequence[int],
+    embedding_dims: Sequence[int],
+    *,
+    padding_idx: int | Sequence[int | None] | None = None,
+    mode: str = "concat",
+    check_indices: bool | None = None,
+) -> Tensor:
+    """Look up a row in each of n tables and concatenate or add the rows.
+
+    Equal to ``cat([embedding(input[..., t], tables[t]) for t in range(n)], -1)`` where ``tables`` are the views
+    ``TableLayout(num_embeddings, embedding_dims).tables(weight)``, in one operation.
+
+    Args:
+        input: int32 or int64, (\\*, n): column t indexes table t.
+        weight: (TableLayout(num_embeddings, embedding_dims).numel,).
+        num_embeddings, embedding_dims: rows and columns of each of the n tables.
+        padding_idx: rows that get no gradient: None, one int for every table, or an int or None per table; negative
+            values count from the end of the table.
+        mode: "concat", or "sum", which needs tables of the same embedding_dim.
+        check_indices: raise :exc:`IndexError` on a GPU too; None means ``FAST_EMBEDDING_CHECK``.
+
+    Returns:
+        (\\*, sum of embedding_dims), or (\\*, embedding_dim) with mode "sum"; the dtype of ``weight``.
+
+    Raises:
+        IndexError: an index is outside its table.
+        ValueError: shapes, sizes, ``padding_idx`` or ``mode`` do not fit each other.
+        RuntimeError: ``input`` is not int32 or int64, it is on another device than ``weight``, or the native library
+            cannot be loaded.
+
+    >>> weight = torch.arange(16.0)  # rows of table 0 start at elements 0 and 2, of table 1 at 8, 9 and 10
+    >>> multi_embedding(torch.tensor([[0, 2], [1, 0]]), weight, [2, 3], [2, 1])
+    tensor([[ 0.,  1., 10.],
+            [ 2.,  3.,  8.]])
+    """
+    layout = TableLayout(num_embeddings, embedding_dims)
+    check_mode(mode, layout)
+    return lookup_tables(input, weight, layout, layout.padding_indices(padding_idx), mode, check_indices)
+
+
+def check_mode(mode: str, layout: TableLayout) -> None:
+    """Raise ValueError where ``mode`` is unknown or cannot combine the tables of ``layout``."""
+    if mode not in ("concat", "sum"):
+        raise ValueError(f'mode must be "concat" or "sum", got {mode!r}')
+    if mode == "sum" and len(set(layout.embedding_dims)) > 1:
+        raise ValueError(f'mode "sum" needs tables of one embedding_dim, got {list(layout.embedding_dims)}')
+
+
+def lookup_tables(
+    input: Tensor,
+    weight: Tensor,
+    layout: TableLayout,
+    padding_idx: tuple[int, ...],
+    mode: str,
+    check_indices: bool | None = None,
+) -> Tensor:
+    """:func:`multi_embedding` with its arguments checked and laid out: ``padding_idx`` is -1 where a table has none."""
+    if input.dim() == 0 or input.shape[-1] != len(layout):
+        raise ValueError(
+            f"input must have one column per table in its last dimension, {len(layout)}, got shape {tuple(input.shape)}"
+        )
+    if weight.dim() != 1 or weight.shape[0] != layout.numel:
+        raise ValueError(f"weight must have shape ({layout.numel},) for these tables, got {tuple(weight.shape)}")
+    if check_indices or (check_indices is None and _CHECK_INDICES):
+        _check_indices(input, layout.num_embeddings)
+    if _falls_through(input, weight):
+        output = torch.cat(
+            [
+                F.embedding(input[..., table], table_weight, padding_idx[table] if padding_idx[table] >= 0 else None)
+                for table, table_weight in enumerate(layout.tables(weight))
+            ],
+            -1,
+        )
+    else:
+        output = ops.multi_embedding(
+            weight, input, layout.num_embeddings, layout.embedding_dims, layout.offsets, padding_idx
+        )
+    if mode == "sum":
+        return output.unflatten(-1, (len(layout), layout.embedding_dims[0])).sum(-2)
+    return output
+
+
+def _falls_through(input: Tensor, weight: Tensor) -> bool:
+    """Whether a lookup is left to plain torch. What only C++ can see (torch.func, forward-mode AD) is decided there."""
+    return (
+        type(weight) not in _PLAIN_TENSORS
+        or type(input) not in _PLAIN_TENSORS
+        or not ((weight.is_cuda and _ON_CUDA) or (weight.is_cpu and _ON_CPU))
+        or _is_tracing()
+        # What torch.compiler.is_exporting() (from torch 2.7) returns, except that Dynamo of torch 2.11 makes that True.
+        or getattr(torch.compiler, "_is_exporting_flag", False)
+    )
+
+
+def _check_indices(indices: Tensor, num_embeddings: int | Sequence[int]) -> None:
+    """Raise IndexError for the first index outside its table, unless the indices cannot be read.
+
+    Args:
+        indices: any shape; with several tables (\\*, n).
+        num_embeddings: rows of the one table, or of each of the n.
+    """
+    if (
+        _is_compiling()
+        or type(indices) is not Tensor
+        or indices.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(indices)
+        or (indices.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return
+    if isinstance(num_embeddings, int):
+        out_of_range = (indices < 0) | (indices >= num_embeddings)
+    else:
+        out_of_range = (indices < 0) | (indices >= torch.tensor(num_embeddings, device=indices.device))
+    if not out_of_range.any():
+        return
+    position = out_of_range.nonzero()[0].tolist()
+    found = f"indices{position} = {indices[tuple(position)].item()} is out of range for"
+    if isinstance(num_embeddings, int):
+        raise IndexError(f"{found} an embedding of {num_embeddings} rows")
+    raise IndexError(f"{found} table {position[-1]} of {num_embeddings[position[-1]]} rows")

@@ -1,0 +1,65 @@
+"""Accelerate the embeddings of an existing model in place, and undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .modules import FastEmbedding
+
+__all__ = ["replace_embeddings", "restore_embeddings"]
+
+
+def replace_embeddings(model: nn.Module, filter: Callable[[str, nn.Module], bool] | None = None) -> int:
+    """Make every :class:`torch.nn.Embedding` of ``model`` a :class:`fast_embedding.FastEmbedding`.
+
+    The modules stay the same objects: only their class changes, as FastEmbedding adds no state. So parameters, weight
+    tying, hooks, optimizer state and other references to the modules keep working. Subclasses of nn.Embedding are
+    left alone, for their ``forward`` may be their own.
+
+    Args:
+        model: changed in place; may be an nn.Embedding itself.
+        filter: called with the name and the module; False leaves the module as it is.
+
+    Returns:
+        How many modules were changed; one that stands in several places counts once.
+
+    >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+    >>> replace_embeddings(model)
+    1
+    >>> model[0]
+    FastEmbedding(10, 4)
+    """
+    return _change_class(model, nn.Embedding, FastEmbedding, filter)
+
+
+def restore_embeddings(model: nn.Module) -> int:
+    """Undo :func:`replace_embeddings`: make every FastEmbedding of ``model`` an nn.Embedding.
+
+    Returns:
+        How many modules were changed.
+
+    >>> model = nn.Sequential(FastEmbedding(10, 4))
+    >>> restore_embeddings(model)
+    1
+    >>> model[0]
+    Embedding(10, 4)
+    """
+    return _change_class(model, FastEmbedding, nn.Embedding, None)
+
+
+def _change_class(
+    model: nn.Module,
+    source: type[nn.Module],
+    target: type[nn.Module],
+    filter: Callable[[str, nn.Module], bool] | None,
+) -> int:
+    chosen = [
+        module
+        for name, module in model.named_modules()
+        if type(module) is source and (filter is None or filter(name, module))
+    ]
+    for module in chosen:
+        module.__class__ = target
+    return len(chosen)
