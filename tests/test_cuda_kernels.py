@@ -1,0 +1,278 @@
+"""Every CUDA kernel and template instance by its plan, through the C ABI, against float64."""
+
+from ctypes import byref, c_size_t, c_void_p
+
+import abi
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("cuda")
+
+DTYPES = {
+    torch.float32: abi.FLOAT32,
+    torch.float64: abi.FLOAT64,
+    torch.float16: abi.FLOAT16,
+    torch.bfloat16: abi.BFLOAT16,
+}
+INDEX_TYPES = {torch.int32: abi.INT32, torch.int64: abi.INT64}
+
+
+@pytest.fixture(scope="module")
+def library():
+    path = abi.library_path("cuda")
+    if not path.exists():
+        pytest.fail(f"{path} is missing: this build has no CUDA library")
+    return abi.load_cuda(path)
+
+
+def device_properties() -> abi.Device:
+    properties = torch.cuda.get_device_properties(0)
+    return abi.Device(
+        properties.major * 10 + properties.minor,
+        properties.multi_processor_count,
+        properties.L2_cache_size,
+        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_multiprocessor,
+    )
+
+
+def draw_indices(distribution: str, num_embeddings: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    uniform = torch.randint(0, num_embeddings, shape, device="cuda")
+    match distribution:
+        case "uniform":
+            indices = uniform
+        case "one row":
+            indices = torch.full(shape, num_embeddings // 2, device="cuda")
+        case "half on one row":
+            indices = torch.where(torch.rand(shape, device="cuda") < 0.5, num_embeddings - 1, uniform)
+        case "sorted":
+            indices = uniform.sort(dim=0).values
+        case "zipf":
+            indices = (num_embeddings * torch.rand(shape, device="cuda") ** 6).long()
+        case _:
+            raise ValueError(distribution)
+    return indices.to(dtype)
+
+
+class Problem:
+    """Tables of sizes (V, D), B rows of indices, an incoming gradient; `offset` moves each buffer off its alignment."""
+
+    def __init__(
+        self, sizes, num_rows, dtype, index_dtype=torch.int64, distribution="uniform", padding=False, offset=0
+    ):
+        torch.manual_seed(len(sizes) + num_rows)
+        self.sizes, self.num_rows, self.dtype = sizes, num_rows, dtype
+        self.total_dim = sum(dim for _, dim in sizes)
+        self.offsets, numel = [], 0
+        for rows, dim in sizes:
+            self.offsets.append(numel)
+            numel += (rows * dim + 7) // 8 * 8 if len(sizes) > 1 else rows * dim
+        self.numel = numel
+        self.padding = [rows // 3 if padding else -1 for rows, _ in sizes]
+        self.indices = torch.stack(
+            [draw_indices(distribution, rows, (num_rows,), index_dtype) for rows, _ in sizes], dim=1
+        )
+        self.grad_output = self.buffer(num_rows * self.total_dim, offset).normal_().view(num_rows, self.total_dim)
+        self.weight = self.buffer(numel, offset).normal_()
+        self.grad_weight = self.buffer(numel, offset)
+        self.output = self.buffer(num_rows * self.total_dim, offset).view(num_rows, self.total_dim)
+        self.tables = (abi.Table * len(sizes))(
+            *[
+                abi.Table(rows, dim, at, dim, pad)
+                for (rows, dim), at, pad in zip(sizes, self.offsets, self.padding, strict=True)
+            ]
+        )
+
+    def buffer(self, numel, offset):
+        return torch.full((numel + offset,), torch.nan, dtype=self.dtype, device="cuda")[offset:]
+
+    def lookup(self):
+        rows, tables = self.indices.stride()
+        return (
+            DTYPES[self.dtype], INDEX_TYPES[self.indices.dtype], len(self.sizes), self.tables, self.num_rows,
+            self.indices.data_ptr(), rows, tables,
+        )  # fmt: skip
+
+    def forward(self, library):
+        args = abi.ForwardArgs(*self.lookup(), self.weight.data_ptr(), self.output.data_ptr(), self.output.stride(0))
+        self.output.fill_(torch.nan)
+        check(library, library.fe_cuda_embedding_forward(byref(args), c_void_p(1), byref(c_size_t(0)), stream()))
+        return self.output
+
+    def backward(self, library, plan=None, deterministic=False):
+        args = abi.BackwardArgs(
+            *self.lookup(), self.grad_output.data_ptr(), self.grad_output.stride(0),
+            self.grad_weight.data_ptr(), self.numel, deterministic,
+        )  # fmt: skip
+
+        def call(workspace, size):
+            if plan is None:
+                return library.fe_cuda_embedding_backward(byref(args), workspace, byref(size), stream())
+            return library.fe_cuda_embedding_backward_by(byref(plan), byref(args), workspace, byref(size), stream())
+
+        size = c_size_t()
+        check(library, call(None, size))
+        guard = 256
+        workspace = torch.full((size.value + guard,), 0xFF, dtype=torch.uint8, device="cuda")
+        self.grad_weight.fill_(torch.nan)
+        check(library, call(workspace.data_ptr(), size))
+        assert (workspace[size.value :] == 0xFF).all(), "the kernel wrote beyond its workspace"
+        return self.grad_weight
+
+    def reference_output(self):
+        columns = []
+        for t, (rows, dim) in enumerate(self.sizes):
+            table = self.weight[self.offsets[t] : self.offsets[t] + rows * dim].view(rows, dim)
+            columns.append(table[self.indices[:, t].long()])
+        return torch.cat(columns, 1)
+
+    def reference_gradient(self):
+        """float64, and the sum of magnitudes, which bounds what rounding can do to an element."""
+        gradient = torch.zeros(self.numel, dtype=torch.float64, device="cuda")
+        magnitude = torch.zeros_like(gradient)
+        column = 0
+        for t, (rows, dim) in enumerate(self.sizes):
+            incoming = self.grad_output[:, column : column + dim].double()
+            incoming = incoming.masked_fill((self.indices[:, t] == self.padding[t]).unsqueeze(1), 0)
+            where = slice(self.offsets[t], self.offsets[t] + rows * dim)
+            gradient[where].view(rows, dim).index_add_(0, self.indices[:, t].long(), incoming)
+            magnitude[where].view(rows, dim).index_add_(0, self.indices[:, t].long(), incoming.abs())
+            column += dim
+        return gradient, magnitude
+
+
+def stream():
+    return c_void_p(torch.cuda.current_stream().cuda_stream)
+
+
+def check(library, status):
+    assert status == abi.OK, f"status {status}: {library.fe_cuda_last_error().decode()}"
+
+
+def assert_gradient(problem, actual):
+    expected, magnitude = problem.reference_gradient()
+    # Sums in float32 (float64): each of log2-ish many roundings is relative to a partial sum, itself at most the sum of
+    # magnitudes; a serial chain of 64 is the longest. Then one rounding to the dtype.
+    accumulator = torch.finfo(torch.float64 if problem.dtype == torch.float64 else torch.float32).eps
+    bound = 64 * accumulator * magnitude + torch.finfo(problem.dtype).eps * expected.abs()
+    error = (actual.double() - expected).abs()
+    assert torch.isfinite(actual).all(), "elements were not written"
+    worst = (error - bound).argmax()
+    assert (error <= bound).all(), f"element {worst}: {actual[worst]} for {expected[worst]}, bound {bound[worst]}"
+
+
+def plans_for(problem, library, deterministic=False):
+    """All plans that fit: the table's own, and each strategy with the shortest and longest of its parameters."""
+    sixteen_bit = problem.dtype in (torch.float16, torch.bfloat16)
+    plans = [abi.Plan(abi.TILE, tile=tile, float32_scratch=sixteen_bit) for tile in (256, 768, 1024)]
+    plans += [abi.Plan(abi.SORT, segment=segment) for segment in (8, 64)]
+    rows = problem.sizes[0][0]
+    if len(problem.sizes) == 1 and rows <= 200:
+        width = 8 if problem.dtype == torch.float64 else 4
+        threads = min(1024, device_properties().shared_bytes_per_block // (rows * width)) // 32 * 32
+        if threads:
+            plans += [abi.Plan(abi.PRIVATE, threads=threads, splits=splits) for splits in (1, 7, 132)]
+    return plans
+
+
+ONE_TABLE = [(1, 4), (2, 768), (10, 4), (7, 1), (33, 5), (119, 300), (150, 31), (1000, 64), (5000, 100), (70000, 3)]
+MANY_TABLES = [
+    [(100, 4)] * 10,
+    [(3, 3), (1116, 81), (8, 5), (40000, 16), (1, 1)],
+    [(50, 8), (20, 16), (9, 128)],
+    [(10 + t, 1 + t % 9) for t in range(130)],
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [[size] for size in ONE_TABLE] + MANY_TABLES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 77, 5000])
+def test_forward_is_exact(library, sizes, num_rows, dtype):
+    for index_dtype, offset in ((torch.int64, 0), (torch.int32, 1)):
+        problem = Problem(sizes, num_rows, dtype, index_dtype, offset=offset)
+        assert torch.equal(problem.forward(library), problem.reference_output())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", ONE_TABLE, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 300, 9001])
+def test_backward_by_every_plan(library, size, num_rows, dtype):
+    cases = (("uniform", torch.int64, False, 0), ("zipf", torch.int32, True, 0), ("one row", torch.int64, False, 1),
+             ("half on one row", torch.int64, True, 0))  # fmt: skip
+    for distribution, index_dtype, padding, offset in cases:
+        problem = Problem([size], num_rows, dtype, index_dtype, distribution, padding, offset)
+        for plan in plans_for(problem, library):
+            assert_gradient(problem, problem.backward(library, plan))
+        assert_gradient(problem, problem.backward(library))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", MANY_TABLES, ids=lambda sizes: f"{len(sizes)} tables")
+@pytest.mark.parametrize("num_rows", [1, 300, 5000])
+def test_backward_of_many_tables(library, sizes, num_rows, dtype):
+    for distribution, index_dtype, padding in (("uniform", torch.int64, True), ("one row", torch.int32, False)):
+        problem = Problem(sizes, num_rows, dtype, index_dtype, distribution, padding)
+        for plan in plans_for(problem, library):
+            assert_gradient(problem, problem.backward(library, plan))
+        assert_gradient(problem, problem.backward(library))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_arguments(library, dtype):
+    problem = Problem([(100, 16)], 4096, dtype)
+    wide = torch.randn(4096, 40, device="cuda").to(dtype)
+    for grad_output in (wide[:, 8:24], wide[:, 3:19], wide[:1, :16].expand(4096, 16)):
+        problem.grad_output = grad_output
+        for plan in plans_for(problem, library):
+            assert_gradient(problem, problem.backward(library, plan))
+    problem = Problem([(100, 16), (30, 8)], 4096, dtype)
+    problem.indices = problem.indices.t().contiguous().t()
+    assert torch.equal(problem.forward(library), problem.reference_output())
+    for plan in plans_for(problem, library):
+        assert_gradient(problem, problem.backward(library, plan))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_plans_give_the_same_bits(library, dtype):
+    for size, distribution in (((20, 16), "uniform"), ((50000, 32), "zipf"), ((3000, 5), "one row")):
+        problem = Problem([size], 100000, dtype, distribution=distribution)
+        first = problem.backward(library, deterministic=True).clone()
+        for _ in range(3):
+            assert torch.equal(problem.backward(library, deterministic=True), first)
+
+
+def test_a_row_with_a_million_indices(library):
+    for size in ((1, 4), (100000, 8)):
+        problem = Problem([size], 1 << 20, torch.float32, distribution="one row")
+        for plan in plans_for(problem, library):
+            # A chain of 2^20 / (lane groups) additions: the bound of assert_gradient holds for the sums over runs only.
+            error = (problem.backward(library, plan).double() - problem.reference_gradient()[0]).abs().max()
+            reference = torch.zeros(size, device="cuda").index_add_(0, problem.indices[:, 0], problem.grad_output)
+            aten = (reference.flatten().double() - problem.reference_gradient()[0]).abs().max()
+            assert error <= max(aten.item(), 0.01)
+
+
+def test_workspace_that_is_too_small_is_refused(library):
+    problem = Problem([(50000, 8)], 1000, torch.float32)
+    plan = abi.Plan(abi.SORT, segment=16)
+    args = abi.BackwardArgs(
+        *problem.lookup(), problem.grad_output.data_ptr(), 8, problem.grad_weight.data_ptr(), problem.numel, 0
+    )
+    workspace = torch.empty(64, dtype=torch.uint8, device="cuda")
+    status = library.fe_cuda_embedding_backward_by(
+        byref(plan), byref(args), workspace.data_ptr(), byref(c_size_t(64)), stream()
+    )
+    assert status == abi.WORKSPACE_TOO_SMALL
+
+
+def test_plans_that_do_not_fit_are_refused(library):
+    problem = Problem([(300, 8)], 1000, torch.float32)
+    for plan in (
+        abi.Plan(abi.PRIVATE, threads=1024, splits=132),  # more shared memory than there is
+        abi.Plan(abi.TILE, tile=100),
+        abi.Plan(abi.TILE, tile=2048),
+        abi.Plan(abi.SORT, segment=0),
+        abi.Plan(9),
+    ):
+        with pytest.raises(AssertionError, match="status 1"):
+            problem.backward(library, plan)

@@ -1,0 +1,190 @@
+"""The house itself: the files beside the code agree with the code, with each other and with build_matrix.toml."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fast_embedding
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_tree = pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="the source tree is not here")
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def tree() -> list[Path]:
+    """Files under version control, or about to be."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [path for name in listing.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def texts() -> list[tuple[str, str]]:
+    return [
+        (str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
+        for path in tree()
+        if path.suffix not in {".svg", ".png"}
+    ]
+
+
+def workflows() -> list[tuple[str, str]]:
+    return [
+        (path.name, path.read_text(encoding="utf-8")) for path in sorted((ROOT / ".github/workflows").glob("*.yml"))
+    ]
+
+
+@pytest.mark.skipif("FAST_EMBEDDING_INSTALLED" not in os.environ, reason="make test and tools/gpu-check set it")
+def test_the_tests_run_on_the_installed_package():
+    assert Path(fast_embedding.__file__).resolve().parent != ROOT / "fast_embedding"
+    assert (Path(fast_embedding.__file__).parent / "py.typed").exists()
+
+
+@needs_tree
+def test_versions_agree():
+    version = fast_embedding.__version__
+    assert re.search(r'^  version: "(.+)"$', read("conda/recipe.yaml"), re.MULTILINE)[1] == version
+    assert re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)[1] == version
+
+
+def test_the_distribution_has_the_version_of_the_package():
+    distributions = {
+        d.name: d.version for d in importlib.metadata.distributions() if d.name.startswith("fast-embedding")
+    }
+    if not distributions:
+        pytest.skip("not installed as a distribution")
+    assert set(distributions.values()) == {fast_embedding.__version__}
+
+
+@needs_tree
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", ".ci/run", "docker/Dockerfile", ".github/workflows"])
+def test_named_make_targets_exist(path):
+    where = ROOT / path
+    files = sorted(where.glob("*.yml")) if where.is_dir() else [where]
+    code = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    # Commands, not prose: at the start of a line, behind YAML's or Docker's word for run, or in backticks.
+    command = re.compile(r"(?:^\s*|run: |RUN |`)make (?:--\S+ )*([a-z-]+(?: [a-z-]+)*)")
+    commands = [found for line in code for found in command.findall(line)]
+    assert commands
+    targets = set(re.findall(r"^([a-z][a-z-]*):", read("Makefile"), re.MULTILINE))
+    assert {target for command in commands for target in command.split()} <= targets
+
+
+@needs_tree
+def test_ci_runs_the_test_command_of_the_readme():
+    assert re.search(r"^ {4}make test\b", read("README.md"), re.MULTILINE)
+    assert re.search(r"^make --no-print-directory test$", read(".ci/run"), re.MULTILINE)
+
+
+@needs_tree
+def test_the_example_of_the_readme_runs(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    script = tmp_path / "readme.py"
+    script.write_text(example)
+    names = runpy.run_path(str(script))
+    assert names["hidden"].shape == (8, 1024, 768)
+    assert names["features"].shape == (4096, 52)
+    assert names["replaced"] == 1
+
+
+@needs_tree
+def test_no_file_names_a_path_of_one_machine_or_a_registry():
+    machine = re.compile(r"(?<![\w.$}-])/(?:root|farm|work|Users/\w+|home/[a-z]\w*|tmp/\w+)/")
+    registry = re.compile(r"(?:pypi|pythonhosted|npmjs|debian|anaconda)[.](?:org|com)\b")
+    found = [
+        f"{name}:{number}: {line.strip()}"
+        for name, text in texts()
+        for number, line in enumerate(text.splitlines(), 1)
+        if machine.search(line) or registry.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+@needs_tree
+def test_scripts_are_executable():
+    for path in [".ci/run", "docker/entrypoint", *(str(p.relative_to(ROOT)) for p in (ROOT / "tools").iterdir())]:
+        if read(path).startswith("#!"):
+            assert os.access(ROOT / path, os.X_OK), path
+
+
+@needs_tree
+@pytest.mark.parametrize("name, text", workflows(), ids=lambda value: value if value.endswith(".yml") else "")
+def test_workflows_are_pinned_and_least_privileged(name, text):
+    actions = re.findall(r"uses: (\S+)(.*)", text)
+    assert actions
+    for action, comment in actions:
+        assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}", action), action
+        assert re.fullmatch(r" # v\d+(\.\d+)*", comment), f"{action}: which version?"
+    assert text.count("actions/checkout@") == text.count("persist-credentials: false")
+    assert "\npermissions: {}\n" in text
+    assert "\nconcurrency:\n" in text
+    assert text.count("runs-on:") == text.count("timeout-minutes:")
+
+
+@pytest.fixture
+def matrix():
+    return pytest.importorskip("tomllib").loads(read("build_matrix.toml"))
+
+
+@needs_tree
+def test_the_build_matrix_is_whole(matrix):
+    newest = max(matrix["cpu"]["torch"], key=as_tuple)
+    assert matrix["cpu"]["torch"] == sorted(matrix["cpu"]["torch"], key=as_tuple)
+    for name, row in matrix.items():
+        assert set(row["torch"]) <= set(matrix["cpu"]["torch"]), "the CPU wheel has a binding for every torch"
+        assert row["image"]
+        if name != "cpu":
+            assert name == "cu" + row["cuda"].replace(".", "")
+            assert row["archs"] == sorted(row["archs"], key=int)
+            assert re.search(rf">={row['cuda']},<{as_tuple(row['cuda'])[0] + 1}$", row["requirement"])
+    assert (
+        newest in max((row for row in matrix.values() if "cuda" in row), key=lambda row: as_tuple(row["cuda"]))["torch"]
+    )
+
+
+@needs_tree
+def test_what_cannot_read_the_build_matrix_agrees_with_it(matrix):
+    oldest, newest = matrix["cpu"]["torch"][0], matrix["cpu"]["torch"][-1]
+    variants = [row["cuda"] for row in matrix.values() if "cuda" in row]
+
+    tested = [minor(torch) for torch in re.findall(r'torch: "([\d.]+)"', read(".github/workflows/test.yml"))]
+    assert tested == [oldest, newest]
+    (default,) = re.findall(r"^TORCH \?= torch==([\d.]+)$", read("Makefile"), re.MULTILINE)
+    assert minor(default) == newest
+
+    docker = read("docker/Dockerfile")
+    variant = re.search(r"^ARG CUDA=(\w+)$", docker, re.MULTILINE)[1]
+    assert minor(re.search(r"^ARG CUDA_IMAGE=([\d.]+)$", docker, re.MULTILINE)[1]) == matrix[variant]["cuda"]
+    for torch in re.findall(r"^ARG TORCH=torch==([\d.]+)$", docker, re.MULTILINE):
+        assert minor(torch) in matrix[variant]["torch"]
+
+    gpu = read(".github/workflows/gpu.yml")
+    variant = re.search(r"CUDA=(cu\d+)", gpu)[1]
+    assert minor(re.search(r"TORCH: torch==([\d.]+)", gpu)[1]) in matrix[variant]["torch"]
+
+    compatibility = re.search(r"^\| CUDA \| ([\d.]+) to ([\d.]+),", read("README.md"), re.MULTILINE)
+    assert [compatibility[1], compatibility[2]] == [variants[0], variants[-1]]
+    assert re.search(rf"^\| torch \| {re.escape(oldest)} and newer;", read("README.md"), re.MULTILINE)
+
+
+def as_tuple(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])

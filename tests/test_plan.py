@@ -1,0 +1,88 @@
+"""The table that chooses a backward kernel: pure, so it is tested without a GPU."""
+
+import ctypes
+
+import abi
+import pytest
+
+H200 = abi.Device(90, 132, 60 << 20, 227 << 10, 228 << 10)
+T4 = abi.Device(75, 40, 4 << 20, 64 << 10, 64 << 10)
+SIXTEEN_BIT = (abi.FLOAT16, abi.BFLOAT16)
+
+
+@pytest.fixture(scope="module")
+def library():
+    return abi.declare_plan(ctypes.CDLL(str(abi.library_path("cpu"))))
+
+
+@pytest.fixture
+def plan(library):
+    def make(v, d, n, scalar_type=abi.FLOAT32, deterministic=False, device=H200, num_tables=1):
+        return abi.make_plan(library, abi.PlanQuery(scalar_type, num_tables, v, d, n, v * d, deterministic, device))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("v", "d", "n", "strategy"),
+    [
+        (1, 4, 1 << 20, abi.PRIVATE),
+        (10, 4, 1 << 20, abi.PRIVATE),
+        (32, 12, 262144, abi.PRIVATE),
+        (100, 16, 65536, abi.PRIVATE),
+        (2, 768, 16384, abi.PRIVATE),
+        (256, 64, 65536, abi.TILE),
+        (119, 300, 100000, abi.TILE),
+        (50257, 768, 131072, abi.TILE),
+        (1000, 64, 128, abi.TILE),
+        (10, 4, 128, abi.TILE),
+        (1000000, 128, 65536, abi.TILE),
+        (1000000, 128, 1 << 20, abi.SORT),
+    ],
+)
+def test_float32_strategies(plan, v, d, n, strategy):
+    assert abi.STRATEGIES[plan(v, d, n).strategy] == abi.STRATEGIES[strategy]
+
+
+@pytest.mark.parametrize("scalar_type", SIXTEEN_BIT)
+def test_sixteen_bits_sort_where_the_float32_copy_is_too_large(plan, scalar_type):
+    assert plan(50257, 768, 16384, scalar_type).strategy == abi.SORT
+    small = plan(1000, 32, 262144, scalar_type)
+    assert (small.strategy, small.float32_scratch) == (abi.TILE, 1)
+
+
+@pytest.mark.parametrize("device", [H200, T4], ids=["H200", "T4"])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("scalar_type", range(4))
+def test_every_plan_is_one_that_its_kernel_takes(plan, scalar_type, deterministic, device):
+    accumulator = 8 if scalar_type == abi.FLOAT64 else 4
+    for v in (1, 2, 10, 100, 227, 1000, 50257, 10_000_000):
+        for d in (1, 3, 4, 64, 768, 4096):
+            for n in (1, 100, 16384, 1 << 20, 1 << 24):
+                for num_tables in (1, 26):
+                    chosen = plan(v, d, n, scalar_type, deterministic, device, num_tables)
+                    if chosen.strategy == abi.PRIVATE:
+                        assert num_tables == 1
+                        assert chosen.threads in range(32, 1025, 32)
+                        assert chosen.threads * v * accumulator <= device.shared_bytes_per_block
+                        assert 1 <= chosen.splits <= device.num_sms
+                    elif chosen.strategy == abi.TILE:
+                        assert not deterministic
+                        assert chosen.tile in range(256, 1025, 256)
+                        assert chosen.float32_scratch == (scalar_type in SIXTEEN_BIT)
+                        assert not chosen.float32_scratch or v * d * 4 <= 8 << 20
+                    else:
+                        assert chosen.strategy == abi.SORT
+                        assert 8 <= chosen.segment <= 1024
+
+
+def test_sizes_that_32_bits_do_not_hold_are_unsupported(plan):
+    for v, n, num_tables in ((10, 1 << 31, 1), (1 << 31, 10, 1), (10, 1 << 27, 26)):
+        with pytest.raises(ValueError, match=f"returned {abi.UNSUPPORTED}"):
+            plan(v, 1, n, num_tables=num_tables)
+
+
+def test_nonsense_is_refused(library):
+    query = abi.PlanQuery(abi.FLOAT32, 1, -1, 4, 10, 40, 0, H200)
+    status = library.fe_plan_embedding_backward(ctypes.byref(query), ctypes.byref(abi.Plan()))
+    assert status == abi.INVALID_ARGUMENT
