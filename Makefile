@@ -1,0 +1,111 @@
+# Every command here does its own set-up: a virtual environment in the clone, torch, the build. A second run only redoes
+# what changed. `make help` lists the commands.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+# The rest from the command line alone: some machines have CUDA in their environment, a path.
+CUDA = auto
+# Empty: `make wheel` takes build_matrix.toml's list; a local install compiles for the GPU that is there, sm_90 if none.
+ARCHS =
+WHEEL =
+OUT = results/gpu-check
+GPU_CHECK_ARGS =
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOCAL_ARCHS = $(or $(ARCHS),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -un | paste -sd' '),90)
+BUILD_ENV = FAST_EMBEDDING_CUDA='$(CUDA)'
+
+SOURCES := $(shell find fast_embedding csrc -type f ! -path '*/__pycache__/*' ! -path 'fast_embedding/lib/*' 2>/dev/null) \
+           setup.py pyproject.toml build_matrix.toml MANIFEST.in README.md
+
+.PHONY: help
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON, TORCH ($(TORCH)), CUDA (auto, cpu, cu130, ...), ARCHS (\"80 90\"), PYTEST_ARGS, BENCH_ARGS."
+
+.PHONY: test
+test: install ## Run the tests on the installed package.
+	@# From another directory, and pytest's own script: the source tree is not on sys.path.
+	@mkdir -p build/test-run && ln -sfn ../../tests build/test-run/tests
+	cd build/test-run && FAST_EMBEDDING_INSTALLED=1 $(BIN)/pytest -c ../../pyproject.toml --rootdir . $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: install ## Run the benchmark and the training runs on this machine's device (BENCH_ARGS="--quick", "--full", ...).
+	$(BIN)/fast-embedding bench $(BENCH_ARGS)
+
+.PHONY: install
+install: $(VENV)/.installed ## Build the package for this machine and install it in .venv.
+
+.PHONY: wheel
+wheel: $(VENV)/.torch ## Build a wheel into dist (CUDA=cu130 ARCHS="90").
+	$(BUILD_ENV) $(if $(ARCHS),FAST_EMBEDDING_ARCHS='$(ARCHS)') $(PIP) wheel --no-build-isolation --no-deps -w dist .
+
+.PHONY: gpu-check
+gpu-check: ## Check a wheel on this machine's GPU (WHEEL=dist/x.whl OUT=dir); see tools/gpu-check --help.
+	@test -n "$(WHEEL)" || { echo "name the wheel: make gpu-check WHEEL=dist/fast_embedding-....whl" >&2; exit 2; }
+	PYTHON='$(PYTHON)' tools/gpu-check $(GPU_CHECK_ARGS) '$(WHEEL)' '$(OUT)'
+
+.PHONY: lint lint-python lint-native lint-scripts
+lint: lint-python lint-native lint-scripts ## Check format, style, types, scripts and workflows.
+lint-python: $(VENV)/.lint $(VENV)/.torch
+	$(BIN)/ruff format --check . tools/torch-headers
+	$(BIN)/ruff check . tools/torch-headers
+	$(BIN)/mypy
+lint-native: $(VENV)/.lint
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+lint-scripts: $(VENV)/.lint
+	$(BIN)/shellcheck .ci/run tools/gpu-check docker/entrypoint
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
+
+.PHONY: format
+format: $(VENV)/.lint ## Rewrite the sources as `make lint` wants them.
+	$(BIN)/ruff format . tools/torch-headers
+	$(BIN)/ruff check --fix --exit-zero . tools/torch-headers
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+.PHONY: clean
+clean: ## Remove what the commands above made, .venv included.
+	rm -rf $(VENV) build dist results *.egg-info fast_embedding/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# ---- Stamps: files that stand for a step done ---------------------------------------------------------------------
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON): install Python 3.10 or newer, or name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V): Python 3.10 or newer is needed; name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv module: install it (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# A file that changes when the variable behind it does, so that `make test TORCH=...` does not keep another torch.
+$(VENV)/.torch-wanted: $(VENV)/.created FORCE
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+$(VENV)/.build-wanted: $(VENV)/.created FORCE
+	@echo '$(CUDA) $(LOCAL_ARCHS)' | cmp -s - $@ || echo '$(CUDA) $(LOCAL_ARCHS)' > $@
+.PHONY: FORCE
+FORCE:
+
+$(VENV)/.torch: $(VENV)/.torch-wanted
+	$(PIP) install --quiet 'setuptools>=77' wheel '$(TORCH)'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.created tools/lint-requirements.txt
+	$(PIP) install --quiet -r tools/lint-requirements.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(VENV)/.build-wanted $(SOURCES)
+	@command -v $${CXX:-g++} >/dev/null || { echo "no C++ compiler: install one (on Debian and Ubuntu: apt-get install g++)" >&2; exit 1; }
+	@echo "Building the native libraries: a few minutes the first time."
+	$(BUILD_ENV) FAST_EMBEDDING_ARCHS='$(LOCAL_ARCHS)' $(PIP) install --progress-bar off --no-build-isolation '.[test,bench]'
+	@touch $@
