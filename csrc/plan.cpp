@@ -10,19 +10,26 @@ namespace {
 
 constexpr int64_t kMaxIndices = INT32_MAX;              // kernels count positions and rows in 32 bits
 constexpr int64_t kMaxScratchBytes = int64_t{8} << 20;  // float32 copy of a 16-bit gradient
+constexpr int64_t kMaxOwnIndices = 1024;
+constexpr int64_t kMaxOwnIndicesForSort = 2048;  // where the alternative is SORT, at 35 us and more
 constexpr int kMaxPrivateThreads = 1024;
-constexpr int kMinPrivateThreads = 256;     // fewer leave too few loads in flight in an SM to reach the copy rate
-constexpr int64_t kMaxPrivateNumel = 2048;  // beyond, summing the blocks' tables costs more than it saves
-constexpr int64_t kMinPrivateIndices = 8192;
+constexpr int kMinPrivateThreads = 256;  // fewer leave too few loads in flight in an SM to reach the copy rate
+// Beyond these, summing the blocks' tables costs more than tiles do, and more than a sort does.
+constexpr int64_t kMaxPrivateNumel = 512;
+constexpr int64_t kMinPrivateIndices = 131072;
+constexpr int64_t kMaxPrivateNumelForSort = 2048;
+constexpr int64_t kMinPrivateIndicesForSort = kMaxOwnIndicesForSort;
 constexpr int64_t kMinSortIndices = 1 << 19;
 
 int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
 int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
 
 // A thread owns one column of one copy of the table in shared memory, so threads * V accumulators must fit.
-bool plan_private(const FePlanQuery& query, FePlan* plan) {
+bool plan_private(const FePlanQuery& query, bool instead_of_sort, FePlan* plan) {
+  const int64_t max_numel = instead_of_sort ? kMaxPrivateNumelForSort : kMaxPrivateNumel;
+  const int64_t min_indices = instead_of_sort ? kMinPrivateIndicesForSort : kMinPrivateIndices;
   if (query.num_tables != 1 || query.num_embeddings == 0 || query.embedding_dim == 0 ||
-      query.num_embeddings > kMaxPrivateNumel / query.embedding_dim || query.num_indices < kMinPrivateIndices) {
+      query.num_embeddings > max_numel / query.embedding_dim || query.num_indices < min_indices) {
     return false;
   }
   const int64_t column_bytes = query.num_embeddings * accumulator_bytes(query.scalar_type);
@@ -65,12 +72,16 @@ extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan*
   if (query->num_embeddings >= kMaxIndices || query->embedding_dim >= kMaxIndices) return FE_UNSUPPORTED;
 
   *plan = FePlan{};
-  if (plan_private(*query, plan)) return FE_OK;
   const int64_t accumulators = query->grad_weight_numel * accumulator_bytes(query->scalar_type);
   const bool scratch_too_large = scalar_bytes(query->scalar_type) == 2 && accumulators > kMaxScratchBytes;
   // Atomics on a table far larger than the L2 drag each line in and out: sorting costs less from 2^19 indices up.
   const bool beyond_l2 = accumulators > 4 * query->device.l2_bytes && query->num_indices >= kMinSortIndices;
-  if (query->deterministic || scratch_too_large || beyond_l2) {
+  const bool sorts = query->deterministic || scratch_too_large || beyond_l2;
+  if (query->num_tables == 1 && query->num_indices <= (sorts ? kMaxOwnIndicesForSort : kMaxOwnIndices)) {
+    plan->strategy = FE_STRATEGY_OWN;
+  } else if (plan_private(*query, sorts, plan)) {
+    // plan_private has filled it in.
+  } else if (sorts) {
     plan_sort(*query, plan);
   } else {
     plan_tile(*query, plan);

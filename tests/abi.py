@@ -9,8 +9,8 @@ import fast_embedding
 OK, INVALID_ARGUMENT, UNSUPPORTED, WORKSPACE_TOO_SMALL, INDEX_OUT_OF_RANGE, CUDA_ERROR = range(6)
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 INT32, INT64 = range(2)
-PRIVATE, TILE, SORT = range(3)
-STRATEGIES = {PRIVATE: "private", TILE: "tile", SORT: "sort"}
+OWN, PRIVATE, TILE, SORT = range(4)
+STRATEGIES = {OWN: "own", PRIVATE: "private", TILE: "tile", SORT: "sort"}
 ABI_VERSION = 1
 
 

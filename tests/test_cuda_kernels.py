@@ -167,6 +167,8 @@ def plans_for(problem, library, deterministic=False):
     plans = [abi.Plan(abi.TILE, tile=tile, float32_scratch=sixteen_bit) for tile in (256, 768, 1024)]
     plans += [abi.Plan(abi.SORT, segment=segment) for segment in (8, 64)]
     rows = problem.sizes[0][0]
+    if len(problem.sizes) == 1 and problem.num_rows <= 2048:
+        plans.append(abi.Plan(abi.OWN))
     if len(problem.sizes) == 1 and rows <= 200:
         width = 8 if problem.dtype == torch.float64 else 4
         threads = min(1024, device_properties().shared_bytes_per_block // (rows * width)) // 32 * 32
@@ -195,7 +197,7 @@ def test_forward_is_exact(library, sizes, num_rows, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", ONE_TABLE, ids=str)
-@pytest.mark.parametrize("num_rows", [1, 300, 9001])
+@pytest.mark.parametrize("num_rows", [1, 300, 2048, 9001])
 def test_backward_by_every_plan(library, size, num_rows, dtype):
     cases = (("uniform", torch.int64, False, 0), ("zipf", torch.int32, True, 0), ("one row", torch.int64, False, 1),
              ("half on one row", torch.int64, True, 0))  # fmt: skip

@@ -29,19 +29,34 @@ def plan(library):
         (1, 4, 1 << 20, abi.PRIVATE),
         (10, 4, 1 << 20, abi.PRIVATE),
         (32, 12, 262144, abi.PRIVATE),
-        (100, 16, 65536, abi.PRIVATE),
-        (2, 768, 16384, abi.PRIVATE),
+        (100, 16, 65536, abi.TILE),
+        (2, 768, 16384, abi.TILE),
         (256, 64, 65536, abi.TILE),
         (119, 300, 100000, abi.TILE),
         (50257, 768, 131072, abi.TILE),
-        (1000, 64, 128, abi.TILE),
-        (10, 4, 128, abi.TILE),
+        (1000, 64, 128, abi.OWN),
+        (10, 4, 1024, abi.OWN),
+        (10, 4, 2048, abi.TILE),
         (1000000, 128, 65536, abi.TILE),
         (1000000, 128, 1 << 20, abi.SORT),
     ],
 )
 def test_float32_strategies(plan, v, d, n, strategy):
     assert abi.STRATEGIES[plan(v, d, n).strategy] == abi.STRATEGIES[strategy]
+
+
+@pytest.mark.parametrize(
+    ("v", "d", "n", "strategy"),
+    [
+        (1000, 64, 2048, abi.OWN),
+        (100, 16, 65536, abi.PRIVATE),
+        (2, 768, 16384, abi.PRIVATE),
+        (256, 64, 65536, abi.SORT),
+        (50257, 768, 131072, abi.SORT),
+    ],
+)
+def test_deterministic_strategies(plan, v, d, n, strategy):
+    assert abi.STRATEGIES[plan(v, d, n, deterministic=True).strategy] == abi.STRATEGIES[strategy]
 
 
 @pytest.mark.parametrize("scalar_type", SIXTEEN_BIT)
@@ -61,7 +76,10 @@ def test_every_plan_is_one_that_its_kernel_takes(plan, scalar_type, deterministi
             for n in (1, 100, 16384, 1 << 20, 1 << 24):
                 for num_tables in (1, 26):
                     chosen = plan(v, d, n, scalar_type, deterministic, device, num_tables)
-                    if chosen.strategy == abi.PRIVATE:
+                    if chosen.strategy == abi.OWN:
+                        assert num_tables == 1
+                        assert n <= 2048
+                    elif chosen.strategy == abi.PRIVATE:
                         assert num_tables == 1
                         assert chosen.threads in range(32, 1025, 32)
                         assert chosen.threads * v * accumulator <= device.shared_bytes_per_block

@@ -322,14 +322,6 @@ FeStatus run(const SortParams& params, const FePlan& plan, bool wide, const Work
               : sum_runs<scalar_t, 1>(params, plan.segment, layout, memory, stream);
 }
 
-bool is_wide(const FeBackwardArgs& args, const SortTable& table) {
-  const int64_t scalar = scalar_bytes(args.scalar_type);
-  const uint64_t bits = (reinterpret_cast<uintptr_t>(args.grad_output) + table.first_column * scalar) |
-                        (reinterpret_cast<uintptr_t>(args.grad_weight) + table.weight_offset * scalar) |
-                        args.grad_output_stride * scalar | table.embedding_dim * scalar;
-  return bits % 16 == 0;
-}
-
 }  // namespace
 
 FeStatus backward_sort(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
@@ -354,7 +346,7 @@ FeStatus backward_sort(const FePlan& plan, const FeBackwardArgs& args, const Dev
       table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
       table.first_column = static_cast<int32_t>(first_column);
       params.max_embedding_dim = std::max(params.max_embedding_dim, table.embedding_dim);
-      wide = wide && is_wide(args, table);
+      wide = wide && rows_are_wide(args, source, first_column);
       keys += source.num_embeddings;
       first_column += source.embedding_dim;
     }

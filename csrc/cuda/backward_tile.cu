@@ -9,7 +9,7 @@
 // gradient is summed in a float32 copy and rounded once after a second barrier.
 #include <cooperative_groups.h>
 
-#include "common.cuh"
+#include "runs.cuh"
 
 namespace fast_embedding {
 namespace {
@@ -19,8 +19,6 @@ constexpr int kBlocksPerSm = 3;  // 4 leave 64 registers a thread, and spill
 constexpr int kMaxTile = 1024;
 constexpr int kUnroll = 4;  // gradient loads in flight in a thread; 8 spill
 constexpr int kMaxLanes = 64;
-constexpr int64_t kMemsetBytes = int64_t{64}
-                                 << 20;  // zeros from here on are cudaMemsetAsync's: 5% faster, one launch more
 constexpr int kMaxTables = 64;           // in one launch: the parameters of a kernel end at 4 KB
 constexpr int kItems = kMaxTile / kThreads;
 constexpr int32_t kEmpty = -1;
@@ -60,13 +58,6 @@ struct TileParams {
   int32_t round_last;
 };
 
-// What a lane group's threads hand to the group in which a run began: their part of it, and whether it goes on.
-template <typename sum_t, int kSize>
-struct Edges {
-  Pack<sum_t, kSize> sum[kThreads];
-  bool goes_on[kThreads];
-};
-
 // The shared memory of a block, sized by the tile.
 struct TileShared {
   int32_t* row;        // [slots] the row that a slot stands for
@@ -85,7 +76,7 @@ struct TileShared {
 };
 
 size_t shared_bytes(const TileParams& params) {
-  return 4 * (2 * params.slots + params.tile + kThreads / 32) + sizeof(Edges<float, 8>);
+  return 4 * (2 * params.slots + params.tile + kThreads / 32) + sizeof(Edges<float, 8, kThreads>);
 }
 
 __device__ inline uint32_t find_or_insert(const TileShared& shared, const TileParams& params, int32_t row) {
@@ -186,86 +177,24 @@ __device__ inline uint32_t group_tile(const TileShared& shared, const TileParams
   return total;
 }
 
-// Each lane group sums an equal share of the grouped list, whatever the runs. A run that reaches over shares is put
-// together by the group in which it begins, so each row costs one atomic a tile, and a hot row's sum has three levels
-// of at most a few hundred additions instead of one long chain.
+// Sums the runs of the grouped list and adds each to the gradient.
 template <typename scalar_t, int kSize>
 __device__ inline void add_runs(const TileShared& shared, const TileParams& params, const TileTable& table,
                                 int64_t first_row, int chunk, uint32_t total) {
   using sum_t = acc_t<scalar_t>;
-  auto& edges = *static_cast<Edges<sum_t, kSize>*>(shared.edges);
   const int group = threadIdx.x / table.lanes;
-  const int groups = kThreads / table.lanes;
   const int column = (chunk * table.lanes + threadIdx.x - group * table.lanes) * kSize;
-  const uint32_t share = (total + groups - 1) / groups;
-  const uint32_t begin = min(group * share, total);
-  const uint32_t end = min(begin + share, total);
-  const bool works = group < groups && column < table.embedding_dim && begin < end;
-
+  const bool active = group < kThreads / table.lanes && column < table.embedding_dim;
+  const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + table.first_column + column +
+                         first_row * params.grad_output_stride;
   sum_t* sums = static_cast<sum_t*>(params.sums) + table.weight_offset + column;
-  const auto slot_of = [&](uint32_t i) { return shared.grouped[i] & 0xffffu; };
-  const auto add = [&](uint32_t slot, const sum_t(&sum)[kSize]) {
-    add_atomically(sums + static_cast<int64_t>(shared.row[slot]) * table.embedding_dim, sum);
-  };
-
-  sum_t sum[kSize] = {};
-  uint32_t current = kSkip;
-  bool pending = false;
-  if (works) {
-    const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + table.first_column + column +
-                           first_row * params.grad_output_stride;
-    current = slot_of(begin);
-    bool incoming = begin > 0 && slot_of(begin - 1) == current;
-    const auto hand_over = [&](bool goes_on) {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) edges.sum[threadIdx.x].value[j] = sum[j];
-      edges.goes_on[threadIdx.x] = goes_on;
-    };
-    for (uint32_t i = begin; i < end; i += kUnroll) {
-      uint32_t slot[kUnroll];
-      Pack<scalar_t, kSize> value[kUnroll];
-#pragma unroll
-      for (int k = 0; k < kUnroll; ++k) {
-        const uint32_t entry = shared.grouped[min(i + k, end - 1)];
-        slot[k] = entry & 0xffffu;
-        if (i + k < end) value[k] = load_once<kSize>(grad + (entry >> 16) * params.grad_output_stride);
-      }
-#pragma unroll
-      for (int k = 0; k < kUnroll; ++k) {
-        if (i + k >= end) break;
-        if (slot[k] != current) {
-          if (incoming) {
-            hand_over(false);
-          } else {
-            add(current, sum);
-          }
-          incoming = false;
-          current = slot[k];
-#pragma unroll
-          for (int j = 0; j < kSize; ++j) sum[j] = 0;
-        }
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) sum[j] += widen(value[k].value[j]);
-      }
-    }
-    const bool outgoing = end < total && slot_of(end) == current;
-    if (incoming) {
-      hand_over(outgoing);
-    } else if (outgoing) {
-      pending = true;
-    } else {
-      add(current, sum);
-    }
-  }
-  __syncthreads();
-  if (pending) {
-    for (int thread = threadIdx.x + table.lanes; thread < groups * table.lanes; thread += table.lanes) {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) sum[j] += edges.sum[thread].value[j];
-      if (!edges.goes_on[thread]) break;
-    }
-    add(current, sum);
-  }
+  sum_runs<scalar_t, kSize, kUnroll>(
+      total, table.lanes, active, *static_cast<Edges<sum_t, kSize, kThreads>*>(shared.edges),
+      [&](uint32_t i) { return shared.grouped[i] & 0xffffu; },
+      [&](uint32_t i) { return grad + (shared.grouped[i] >> 16) * params.grad_output_stride; },
+      [&](uint32_t slot, const sum_t(&sum)[kSize]) {
+        add_atomically(sums + static_cast<int64_t>(shared.row[slot]) * table.embedding_dim, sum);
+      });
 }
 
 __device__ inline const TileTable& table_of_work(const TileParams& params, int64_t work) {

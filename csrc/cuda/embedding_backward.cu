@@ -61,6 +61,8 @@ FeStatus run(const FePlan* given, const FeBackwardArgs* args, void* workspace, s
     if (status != FE_OK) return status;
   }
   switch (plan.strategy) {
+    case FE_STRATEGY_OWN:
+      return backward_own(plan, *args, *device, workspace, workspace_bytes, cuda_stream);
     case FE_STRATEGY_PRIVATE:
       return backward_private(plan, *args, *device, workspace, workspace_bytes, cuda_stream);
     case FE_STRATEGY_TILE:

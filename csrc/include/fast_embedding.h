@@ -134,9 +134,10 @@ FE_EXPORT FeStatus fe_cuda_embedding_backward(const FeBackwardArgs* args, void* 
 /* ---- The plan: which CUDA kernel runs the backward of one table. Pure; both libraries export it. --------------- */
 
 typedef enum FeStrategy {
-  FE_STRATEGY_PRIVATE = 0, /* copies of the table in shared memory, summed in order: small V. Deterministic */
-  FE_STRATEGY_TILE = 1,    /* blocks sort a tile of indices and add each run with one atomic. Not deterministic */
-  FE_STRATEGY_SORT = 2     /* global sort, then sums over runs, edges combined in order. Deterministic */
+  FE_STRATEGY_OWN = 0,     /* a block owns rows and picks their indices from all: few indices. Deterministic */
+  FE_STRATEGY_PRIVATE = 1, /* copies of the table in shared memory, summed in order: small tables. Deterministic */
+  FE_STRATEGY_TILE = 2,    /* blocks group a tile of indices and add each run with one atomic. Not deterministic */
+  FE_STRATEGY_SORT = 3     /* global sort, then sums over runs, edges combined in order. Deterministic */
 } FeStrategy;
 
 typedef struct FeDevice {

@@ -1,0 +1,93 @@
+// Sums over runs of equal rows in a list that a block holds in shared memory.
+#pragma once
+
+#include "common.cuh"
+
+namespace fast_embedding {
+
+// What a lane group's threads hand to the group in which a run began: their part of it, and whether it goes on.
+template <typename sum_t, int kSize, int kThreads>
+struct Edges {
+  Pack<sum_t, kSize> sum[kThreads];
+  bool goes_on[kThreads];
+};
+
+// Each lane group (`lanes` threads that share a row) takes an equal share of the list, whatever the runs. A run that
+// reaches over shares is put together by the group in which it begins, so every run is emitted once, and a hot row's
+// sum has several levels of a few hundred additions at the most instead of one long chain.
+//
+//   row_at(i)            tells runs apart
+//   gradient_at(i)       where entry i's columns of this thread stand in grad_output
+//   emit(row, sum)       takes a finished run
+//
+// All threads of the block must call; those with `active` work. Ends with the block's threads apart: a barrier is due
+// before the list or the edges are written again.
+template <typename scalar_t, int kSize, int kUnroll, int kThreads, typename RowAt, typename GradientAt, typename Emit>
+__device__ inline void sum_runs(uint32_t length, int lanes, bool active, Edges<acc_t<scalar_t>, kSize, kThreads>& edges,
+                                RowAt row_at, GradientAt gradient_at, Emit emit) {
+  using sum_t = acc_t<scalar_t>;
+  const int groups = kThreads / lanes;
+  const uint32_t group = threadIdx.x / lanes;
+  const uint32_t share = (length + groups - 1) / groups;
+  const uint32_t begin = min(group * share, length);
+  const uint32_t end = min(begin + share, length);
+
+  sum_t sum[kSize] = {};
+  uint32_t current = 0;
+  bool pending = false;
+  if (active && begin < end) {
+    current = row_at(begin);
+    bool incoming = begin > 0 && row_at(begin - 1) == current;
+    const auto hand_over = [&](bool goes_on) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) edges.sum[threadIdx.x].value[j] = sum[j];
+      edges.goes_on[threadIdx.x] = goes_on;
+    };
+    for (uint32_t i = begin; i < end; i += kUnroll) {
+      uint32_t row[kUnroll];
+      Pack<scalar_t, kSize> value[kUnroll];
+#pragma unroll
+      for (int k = 0; k < kUnroll; ++k) {
+        const uint32_t at = min(i + k, end - 1);
+        row[k] = row_at(at);
+        if (i + k < end) value[k] = load_once<kSize>(gradient_at(at));
+      }
+#pragma unroll
+      for (int k = 0; k < kUnroll; ++k) {
+        if (i + k >= end) break;
+        if (row[k] != current) {
+          if (incoming) {
+            hand_over(false);
+          } else {
+            emit(current, sum);
+          }
+          incoming = false;
+          current = row[k];
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) sum[j] = 0;
+        }
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) sum[j] += widen(value[k].value[j]);
+      }
+    }
+    const bool outgoing = end < length && row_at(end) == current;
+    if (incoming) {
+      hand_over(outgoing);
+    } else if (outgoing) {
+      pending = true;
+    } else {
+      emit(current, sum);
+    }
+  }
+  __syncthreads();
+  if (pending) {
+    for (int thread = threadIdx.x + lanes; thread < groups * lanes; thread += lanes) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sum[j] += edges.sum[thread].value[j];
+      if (!edges.goes_on[thread]) break;
+    }
+    emit(current, sum);
+  }
+}
+
+}  // namespace fast_embedding
