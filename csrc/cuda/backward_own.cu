@@ -169,11 +169,11 @@ FeStatus backward_own(const FePlan& /*plan*/, const FeBackwardArgs& args, const 
   params.padding_idx = table.padding_idx;
   params.embedding_dim = static_cast<int32_t>(table.embedding_dim);
   params.write_zeros = !memset;
-  const bool wide = rows_are_wide(args, table, /*first_column=*/0);
+  const int64_t bytes = pack_bytes(args, table, /*first_column=*/0);
   return dispatch_scalar(args.scalar_type, [&](auto value) {
     using scalar_t = decltype(value);
-    return wide ? launch<scalar_t, kWide<scalar_t>>(params, device, stream)
-                : launch<scalar_t, 1>(params, device, stream);
+    return dispatch_pack<scalar_t>(
+        bytes, [&](auto size) { return launch<scalar_t, decltype(size)::value>(params, device, stream); });
   });
 }
 

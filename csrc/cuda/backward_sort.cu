@@ -296,7 +296,7 @@ FeStatus sum_runs(const SortParams& params, int segment, const Workspace& layout
 }
 
 template <typename scalar_t>
-FeStatus run(const SortParams& params, const FePlan& plan, bool wide, const Workspace& layout, char* memory,
+FeStatus run(const SortParams& params, const FePlan& plan, int64_t pack, const Workspace& layout, char* memory,
              int num_sms, cudaStream_t stream) {
   const int64_t blocks = 8 * num_sms;
   FeStatus status = FE_OK;
@@ -318,8 +318,9 @@ FeStatus run(const SortParams& params, const FePlan& plan, bool wide, const Work
           static_cast<int>(params.num_entries), 0, key_bits(params.num_keys), stream),
       "backward_sort");
   if (status != FE_OK) return status;
-  return wide ? sum_runs<scalar_t, kWide<scalar_t>>(params, plan.segment, layout, memory, stream)
-              : sum_runs<scalar_t, 1>(params, plan.segment, layout, memory, stream);
+  return dispatch_pack<scalar_t>(pack, [&](auto size) {
+    return sum_runs<scalar_t, decltype(size)::value>(params, plan.segment, layout, memory, stream);
+  });
 }
 
 }  // namespace
@@ -334,7 +335,7 @@ FeStatus backward_sort(const FePlan& plan, const FeBackwardArgs& args, const Dev
     SortParams params{};
     params.num_tables = static_cast<int32_t>(last - first);
     params.tables_divisor = Divisor(params.num_tables);
-    bool wide = true;
+    int64_t pack = 16;
     int64_t keys = 0;
     for (int64_t t = first; t < last; ++t) {
       const FeTable& source = args.tables[t];
@@ -346,7 +347,7 @@ FeStatus backward_sort(const FePlan& plan, const FeBackwardArgs& args, const Dev
       table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
       table.first_column = static_cast<int32_t>(first_column);
       params.max_embedding_dim = std::max(params.max_embedding_dim, table.embedding_dim);
-      wide = wide && rows_are_wide(args, source, first_column);
+      pack = std::min(pack, pack_bytes(args, source, first_column));
       keys += source.num_embeddings;
       first_column += source.embedding_dim;
     }
@@ -371,7 +372,7 @@ FeStatus backward_sort(const FePlan& plan, const FeBackwardArgs& args, const Dev
     if (workspace == nullptr) continue;
     if (*workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;
     status = dispatch_scalar(args.scalar_type, [&](auto scalar) {
-      return run<decltype(scalar)>(params, plan, wide, layout, static_cast<char*>(workspace), device.properties.num_sms,
+      return run<decltype(scalar)>(params, plan, pack, layout, static_cast<char*>(workspace), device.properties.num_sms,
                                    stream);
     });
     if (status != FE_OK) return status;

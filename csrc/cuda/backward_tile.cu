@@ -19,7 +19,7 @@ constexpr int kBlocksPerSm = 3;  // 4 leave 64 registers a thread, and spill
 constexpr int kMaxTile = 1024;
 constexpr int kUnroll = 4;  // gradient loads in flight in a thread; 8 spill
 constexpr int kMaxLanes = 64;
-constexpr int kMaxTables = 64;           // in one launch: the parameters of a kernel end at 4 KB
+constexpr int kMaxTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
 constexpr int kItems = kMaxTile / kThreads;
 constexpr int32_t kEmpty = -1;
 constexpr uint32_t kSkip = 0xffffffffu;
@@ -34,7 +34,7 @@ struct TileTable {
   int32_t lanes;         // threads that share a row: a column chunk
   int32_t chunks;
   int32_t index_table;
-  int32_t wide;  // rows are read in 16-byte packs
+  int32_t pack_bytes;  // of an access to its rows
 };
 
 struct TileParams {
@@ -226,8 +226,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
       grid.sync();
       zeroed = true;
     }
-    if (table.wide) {
+    if (table.pack_bytes == 16) {
       add_runs<scalar_t, kWide<scalar_t>>(shared, params, table, first_row, chunk, total);
+    } else if (table.pack_bytes == 8) {
+      add_runs<scalar_t, kHalf<scalar_t>>(shared, params, table, first_row, chunk, total);
     } else {
       add_runs<scalar_t, 1>(shared, params, table, first_row, chunk, total);
     }
@@ -251,15 +253,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
 void split_columns(int64_t packs, TileTable* table) {
   table->chunks = static_cast<int32_t>(ceil_div(packs, kMaxLanes));
   table->lanes = static_cast<int32_t>(ceil_div(packs, table->chunks));
-}
-
-bool is_wide(const FeBackwardArgs& args, const TileTable& table, const void* sums) {
-  const int64_t scalar = scalar_bytes(args.scalar_type);
-  const int64_t sum = accumulator_bytes(args.scalar_type);
-  const uint64_t reads = (reinterpret_cast<uintptr_t>(args.grad_output) + table.first_column * scalar) |
-                         args.grad_output_stride * scalar | table.embedding_dim * scalar;
-  const uint64_t adds = (reinterpret_cast<uintptr_t>(sums) + table.weight_offset * sum) | table.embedding_dim * sum;
-  return reads % 16 == 0 && adds % 16 == 0;
 }
 
 template <typename scalar_t>
@@ -332,9 +325,9 @@ FeStatus backward_tile(const FePlan& plan, const FeBackwardArgs& args, const Dev
       table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
       table.first_column = static_cast<int32_t>(first_column);
       table.index_table = static_cast<int32_t>(t);
-      table.wide = is_wide(args, table, params.sums);
+      table.pack_bytes = static_cast<int32_t>(pack_bytes(args, source, first_column));
       split_columns(
-          ceil_div(std::max<int64_t>(source.embedding_dim, 1), table.wide ? 16 / scalar_bytes(args.scalar_type) : 1),
+          ceil_div(std::max<int64_t>(source.embedding_dim, 1) * scalar_bytes(args.scalar_type), table.pack_bytes),
           &table);
       params.num_work += tiles * table.chunks;
       first_column += source.embedding_dim;

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <type_traits>
 
 #include "fast_embedding.h"
 
@@ -53,9 +54,11 @@ struct alignas(sizeof(T) * kSize) Pack {
   T value[kSize];
 };
 
-// The columns of a scalar type that fill one 16-byte access, the widest there is.
+// The columns in an access of 16 bytes, of 8, or in one of a single element.
 template <typename scalar_t>
 constexpr int kWide = 16 / sizeof(scalar_t);
+template <typename scalar_t>
+constexpr int kHalf = 8 / sizeof(scalar_t);
 
 template <int kBytes>
 struct Word;
@@ -187,13 +190,14 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
 inline int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
 
-// Whether all of a table's rows, in grad_output from `first_column` and in grad_weight, can be accessed in 16 bytes.
-inline bool rows_are_wide(const FeBackwardArgs& args, const FeTable& table, int64_t first_column) {
+// The widest access that all of a table's rows allow, in grad_output from `first_column` and in grad_weight: 16 or 8
+// bytes or one element.
+inline int64_t pack_bytes(const FeBackwardArgs& args, const FeTable& table, int64_t first_column) {
   const int64_t scalar = scalar_bytes(args.scalar_type);
   const uint64_t bits = (reinterpret_cast<uintptr_t>(args.grad_output) + first_column * scalar) |
                         (reinterpret_cast<uintptr_t>(args.grad_weight) + table.weight_offset * scalar) |
                         args.grad_output_stride * scalar | table.embedding_dim * scalar;
-  return bits % 16 == 0;
+  return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : scalar;
 }
 
 // Calls f with a value of the C++ type that stands for `type`.
@@ -210,6 +214,14 @@ FeStatus dispatch_scalar(FeScalarType type, Function&& f) {
       return f(__nv_bfloat16{});
   }
   return FE_INVALID_ARGUMENT;
+}
+
+// Calls f with the columns in an access of `bytes` (see pack_bytes) as a constant.
+template <typename scalar_t, typename Function>
+FeStatus dispatch_pack(int64_t bytes, Function&& f) {
+  if (bytes == 16) return f(std::integral_constant<int, kWide<scalar_t>>{});
+  if (bytes == 8) return f(std::integral_constant<int, kHalf<scalar_t>>{});
+  return f(std::integral_constant<int, 1>{});
 }
 
 // The strategies. Each takes workspace == nullptr as the size query; embedding_backward.cu has checked the arguments.
