@@ -288,7 +288,7 @@ def _plot(pyplot: Any, records: Sequence[Record], section: str, device: str) -> 
     labels = list(dict.fromkeys(record["label"] for record in records))
     dtypes = list(dict.fromkeys(record["dtype"] for record in records))
 
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 2.0 + 0.55 * len(labels)), 5.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(max(7.0, 2.0 + 0.55 * len(labels)), 6.0), layout="constrained")
     width = 0.8 / len(dtypes)
     for number, dtype in enumerate(dtypes):
         chosen = {record["label"]: record for record in records if record["dtype"] == dtype}
@@ -303,7 +303,7 @@ def _plot(pyplot: Any, records: Sequence[Record], section: str, device: str) -> 
     axes.axhline(1, color="black", linewidth=0.8, zorder=1)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_ylabel("time of nn.Embedding / ours, forward + backward")
+    axes.set_ylabel("time of nn.Embedding / ours\nforward + backward")
     axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_title(f"{layer} on {device}", fontsize=10)
     axes.grid(axis="y", linewidth=0.4, zorder=0)
