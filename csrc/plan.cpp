@@ -20,6 +20,9 @@ constexpr int64_t kMinPrivateIndices = 131072;
 constexpr int64_t kMaxPrivateNumelForSort = 2048;
 constexpr int64_t kMinPrivateIndicesForSort = kMaxOwnIndicesForSort;
 constexpr int64_t kMinSortIndices = 1 << 19;
+constexpr int kTileBlocksPerSm = 3;
+constexpr int kTileStep = 256;
+constexpr int kChunkBytes = 64 * 16;  // of a row that a block takes: 64 threads, 16 bytes each
 
 int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
 int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
@@ -48,8 +51,12 @@ bool plan_private(const FePlanQuery& query, bool instead_of_sort, FePlan* plan) 
 
 void plan_tile(const FePlanQuery& query, FePlan* plan) {
   plan->strategy = FE_STRATEGY_TILE;
-  // Larger tiles merge more indices of a row before they touch memory; smaller ones occupy more SMs.
-  plan->tile = query.num_indices >= 200000 ? 1024 : query.num_indices >= 24576 ? 512 : 256;
+  // The smallest tile with which all work is under way at once: larger ones merge more indices of a row before they
+  // touch memory, but leave SMs idle.
+  const double row_bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
+  const double chunks = std::max(1.0, std::ceil(row_bytes / kChunkBytes)) * static_cast<double>(query.num_tables);
+  const double tile = static_cast<double>(query.num_indices) * chunks / (kTileBlocksPerSm * query.device.num_sms);
+  plan->tile = static_cast<int32_t>(std::clamp(std::ceil(tile / kTileStep) * kTileStep, 256.0, 1024.0));
   plan->float32_scratch = scalar_bytes(query.scalar_type) == 2;
 }
 
