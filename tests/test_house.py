@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import runpy
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fast_embedding
+from fast_embedding.bench import report
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_tree = pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="the source tree is not here")
@@ -188,3 +190,26 @@ def as_tuple(version: str) -> tuple[int, ...]:
 
 def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
+
+
+@needs_tree
+def test_the_performance_page_is_what_its_results_say():
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "docs/results").glob("*.json"))]
+    assert read("docs/performance.md") == report.markdown(results)
+    assert all(result["environment"]["commit"] for result in results)
+    assert not any(report.problems(result) for result in results)
+
+
+@needs_tree
+@pytest.mark.parametrize("section, dtype", [(s, d) for s in ("lookup", "multi") for d in ("float32", "bfloat16")])
+def test_the_readme_quotes_the_results(section, dtype):
+    result = json.loads(read("docs/results/h200.json"))
+    records = [record for record in result[section] if record["dtype"] == dtype]
+    times = report.geometric_mean(report.ratio(record, "both") for record in records)
+    shares = [
+        report.geometric_mean(record["share"]["fast_embedding"][pass_] for record in records)
+        for pass_ in ("forward", "backward")
+    ]
+    name = "one table" if section == "lookup" else "many tables"
+    row = f"| {name}, {dtype} ({len(records)} shapes) | {times:.1f} | {shares[0]:.0%} | {shares[1]:.0%} |"
+    assert row in read("README.md")
