@@ -265,14 +265,26 @@ def test_report_makes_the_plots_that_the_run_made(smoke, tmp_path):
         assert plot == (smoke[1] / name).read_text()
 
 
-def test_report_of_a_gpu_shows_wall_time_and_memory(smoke):
-    result = copy.deepcopy(smoke[2])
+def as_of_a_gpu(result):
+    result = copy.deepcopy(result)
     for record in result["lookup"] + result["multi"]:
         for times in record["times"].values():
             times["wall"] = times["both"]
         record["extra_bytes"] = {name: {"forward": 0, "backward": 1_500_000} for name in record["times"]}
-    columns = {column for table in report.tables(result) for column in table.columns}
+    return result
+
+
+def test_report_of_a_gpu_shows_wall_time_and_memory(smoke):
+    columns = {column for table in report.tables(as_of_a_gpu(smoke[2])) for column in table.columns}
     assert {"x nn.Embedding, wall", "extra MB, bwd"} <= columns
+
+
+def test_what_is_shown_fits_a_terminal(smoke):
+    tables = report.summaries(as_of_a_gpu(smoke[2]))
+    assert len(tables) == 3
+    for table in tables:
+        assert max(map(len, table.plain().splitlines())) <= 100
+        assert len({len(row) for row in (table.columns, *table.rows)}) == 1
 
 
 def test_failures_and_diverging_losses_are_problems(smoke):

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-# Where the output is no terminal (a log, a pipe), wide enough for the widest table.
-_LOG_WIDTH = 200
+# Where the output is no terminal (a log, a pipe).
+_LOG_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,14 @@ class Table:
 def show(table: Table) -> None:
     """Prints a table on standard output."""
     try:
+        from rich import box
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
     except ImportError:
         print(table.plain(), end="\n\n")
         return
-    wide = RichTable(title=Text(table.title), title_justify="left")
+    wide = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(table.columns):
         wide.add_column(Text(column), justify="left" if i < table.left else "right", no_wrap=i < table.left)
     for row in table.rows:

@@ -95,6 +95,56 @@ def tables(result: Record) -> list[Table]:
     return made
 
 
+def summaries(result: Record) -> list[Table]:
+    """What fits a terminal of 100 columns: a table per section and dtype, and the training runs."""
+    made = []
+    for section, title, describe in (
+        ("lookup", "One table", _short_lookup_columns),
+        ("multi", "Many tables", _short_multi_columns),
+    ):
+        records = result[section]
+        for dtype in dict.fromkeys(record["dtype"] for record in records):
+            rows = [record for record in records if record["dtype"] == dtype]
+            made.append(_summary(f"{title}, {dtype}: ours, x = times as fast as {BASELINE}", rows, describe))
+    if result["training"]:
+        made.append(_training(result["training"]))
+    return made
+
+
+def _summary(title: str, records: Sequence[Record], describe: Describe) -> Table:
+    columns: dict[str, Callable[[Record], str]] = {}
+    means: list[str] = []
+    for pass_ in ("forward", "backward"):
+        short = _PASSES[pass_]
+        columns[f"{short} us"] = partial(_median_cell, OURS, pass_)
+        columns[f"{short} x"] = partial(_number_cell, partial(_ratio_to, BASELINE, pass_), _factor)
+        columns[f"{short} limit"] = partial(_number_cell, partial(_share, pass_), _percent)
+        means += [
+            "",
+            _factor(geometric_mean(ratio(record, pass_) for record in records)),
+            _percent(geometric_mean(_share(pass_, record) for record in records)),
+        ]
+    for pass_, name in (("both", "both x"), ("wall", "wall x")):
+        if _has(records, OURS, pass_):
+            columns[name] = partial(_number_cell, partial(_ratio_to, BASELINE, pass_), _factor)
+            means.append(_factor(geometric_mean(ratio(record, pass_) for record in records)))
+    table = _table(title, records, describe, columns)
+    return Table(title, table.columns, [*table.rows, ("geometric mean", *[""] * (table.left - 1), *means)], table.left)
+
+
+def _short_lookup_columns(record: Record) -> dict[str, str]:
+    return {
+        "V x D": f"{record['num_embeddings']} x {record['embedding_dim']}",
+        "N": str(record["num_indices"]),
+        "indices": record["distribution"],
+    }
+
+
+def _short_multi_columns(record: Record) -> dict[str, str]:
+    sizes = f"{span(record['num_embeddings'])} x {span(record['embedding_dims'])}"
+    return {"V x D": f"{record['num_tables']} of {sizes}", "rows": str(record["num_rows"])}
+
+
 def _lookup_columns(record: Record) -> dict[str, str]:
     return {
         "V x D": f"{record['num_embeddings']} x {record['embedding_dim']}",
@@ -210,9 +260,9 @@ def _training(runs: Sequence[Record]) -> Table:
         "loss",
         "loss differs",
         "tables differ",
-        f"step, {BASELINE}, us",
-        "step, ours, us",
-        "x as fast",
+        f"{BASELINE}, us",
+        "ours, us",
+        "x",
     )
     rows = []
     for run in runs:
@@ -230,7 +280,7 @@ def _training(runs: Sequence[Record]) -> Table:
                 _factor(theirs / ours),
             )
         )
-    return Table("Training, the same model and data, whole steps", columns, rows)
+    return Table("Training, the same model and data: time of a step, x = times as fast", columns, rows)
 
 
 def microseconds(value: float | None) -> str:

@@ -134,12 +134,13 @@ def run(options: Options) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(report.to_json(result))
 
-    for table in report.tables(result):
+    for table in report.summaries(result):
         console.show(table)
     for line in report.left_out(result):
         print(line)
     written = [path, *(report.write_plots([result], options.plots) if options.shape is None else ())]
     print("written: " + ", ".join(map(str, written)))
+    print(f"with limits, quantiles and all contenders: python -m fast_embedding.bench.report {path} --markdown FILE")
     problems = report.problems(result)
     for problem in problems:
         print(f"FAILED: {problem}")
