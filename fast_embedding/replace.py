@@ -71,7 +71,7 @@ def restore_embeddings(model: nn.Module) -> int:
     >>> model[0]
     Embedding(10, 4)
     """
-    chosen = [module for module in model.modules() if type(module) is FastEmbedding]
-    for module in chosen:
+    replaced: list[nn.Module] = [module for module in model.modules() if type(module) is FastEmbedding]
+    for module in replaced:
         module.__class__ = nn.Embedding
-    return len(chosen)
+    return len(replaced)
