@@ -1,17 +1,21 @@
 """Several processes, each a part of the data, of a table or of the tables: equal to one process that has all."""
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from distributed_cases import CASES
-from torch import nn
 
-from fast_embedding import FastMultiEmbedding
-from fast_embedding.distributed import ShardedMultiEmbedding, assign_tables
+pytestmark = pytest.mark.compat
+if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+    pytest.skip(f"torch {torch.__version__} has no FSDP2 and no public DTensor", allow_module_level=True)
+
+from distributed_cases import CASES  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,6 @@ def outcomes(tmp_path_factory):
     return run
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_one_process(outcomes, device, case, ranks):
@@ -43,46 +46,26 @@ def test_equal_to_one_process(outcomes, device, case, ranks):
         assert outcome == "passed", f"rank {rank}:\n{outcome}"
 
 
-def test_tables_are_balanced():
-    sizes, dims = [1000, 10, 500, 400, 90, 0], [8] * 6
-    for ranks in range(1, 7):
-        shares = assign_tables(sizes, dims, ranks)
-        assert sorted(table for share in shares for table in share) == list(range(6))
-        assert all(share == sorted(share) and share for share in shares)
-        largest = max(sum(sizes[table] for table in share) for share in shares)
-        assert largest == {1: 2000}.get(ranks, 1000)
-    # Graham's bound, where nothing divides evenly: ten tables of 7..16 rows, three ranks.
-    shares = assign_tables(list(range(7, 17)), [4] * 10, 3)
-    assert max(sum(7 + table for table in share) for share in shares) <= 4 / 3 * sum(range(7, 17)) / 3
+ROOT = Path(__file__).resolve().parents[1]
+SCALING = ROOT / "docs/scaling.md"
+COMMANDS = (
+    re.findall(r"^ {4}(torchrun --standalone .*)$", SCALING.read_text(), re.MULTILINE) if SCALING.exists() else []
+)
 
 
-@pytest.mark.parametrize("ranks", [0, 3, -1])
-def test_ranks_without_tables_are_refused(ranks):
-    with pytest.raises(
-        ValueError, match=f"num_ranks must be at least 1 and at most the number of tables, 2, got {ranks}"
-    ):
-        assign_tables([5, 6], [1, 1], ranks)
-
-
-def test_one_rank_is_the_layer_itself():
-    import torch.distributed as dist
-
-    layer = FastMultiEmbedding([50, 20, 9], [8, 3, 4], padding_idx=[None, 0, -1])
-    x = torch.randint(9, (300, 3))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        sharded = ShardedMultiEmbedding(layer)
-        assert repr(sharded).startswith("ShardedMultiEmbedding(\n  [50, 20, 9], [8, 3, 4], ranks=1\n  (rank0): ")
-        gradients = []
-        for candidate in (layer, sharded):
-            output = candidate(x)
-            (output * (torch.arange(output.numel()).view_as(output) % 7)).sum().backward()
-            gradients.append(next(candidate.parameters()).grad)
-        assert torch.equal(*gradients)
-        with pytest.raises(ValueError, match=r"one column per table in its last dimension, 3, got shape \(5, 2\)"):
-            sharded(x[:5, :2])
-        with pytest.raises(ValueError, match="must have mode \"concat\", got 'sum'"):
-            ShardedMultiEmbedding(FastMultiEmbedding([5, 4], [2, 2], mode="sum"))
-        assert isinstance(sharded.local, nn.Module)
-    finally:
-        dist.destroy_process_group()
+@pytest.mark.skipif(not COMMANDS, reason="the source tree is not here")
+@pytest.mark.parametrize("command", COMMANDS or [""], ids=lambda command: command.rpartition(" ")[2])
+def test_the_commands_of_the_docs_run(command):
+    """As written, but with this Python's torchrun, on the CPU."""
+    _, *arguments = shlex.split(command)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", result.stdout))
+    assert last < 0.7 * first, result.stdout

@@ -430,3 +430,71 @@ acceleration.disable()
 compiled(x)
 """)
     assert output == "torch._ops.fast_embedding\ntorch.nn.functional\n"
+
+
+CACHED_PROGRAM = """
+import hashlib, os, sys, torch
+accelerated = "fast" in sys.argv
+if accelerated:
+    import fast_embedding
+    fast_embedding.enable()
+torch.manual_seed(0)
+layer = torch.nn.Embedding(50, 8, padding_idx=3, device="{device}")
+x = torch.randint(50, (700,)).to("{device}")
+compiled = torch.compile(lambda x: layer(x).tanh(), fullgraph=True)
+compiled(x).sum().backward()
+compiled_gradient, layer.weight.grad = layer.weight.grad, None
+layer(x).tanh().sum().backward()
+torch.testing.assert_close(compiled_gradient, layer.weight.grad)
+from torch._dynamo.utils import counters
+print(counters["inductor"]["fxgraph_cache_hit"] > 0, counters["aot_autograd"]["autograd_cache_hit"] > 0)
+if not accelerated:
+    assert not hasattr(torch.ops.fast_embedding, "embedding_backward")
+"""
+
+
+@pytest.mark.compat
+def test_another_process_that_shares_the_compile_cache(device, tmp_path):
+    """Neither finds what the other has compiled of the same code; each finds its own again."""
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+    script = tmp_path / "program.py"
+    script.write_text(CACHED_PROGRAM.replace("{device}", str(device)))
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+
+    def hits(*arguments):
+        command = [sys.executable, str(script), *arguments]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.split()[-2:]
+
+    assert hits("fast") == ["False", "False"]
+    plain = hits()
+    assert plain[1] == "False"
+    assert "True" in hits()
+    assert "True" in hits("fast")
+
+
+def test_cuda_graph(cuda):
+    layer = nn.Embedding(5000, 32, padding_idx=7, device=cuda)
+    with torch.no_grad():
+        layer.weight.round_()  # sums are exact, so that they are the same in any order
+    x = torch.randint(5000, (20_000,), device=cuda)
+
+    def step():
+        output = layer(x)
+        return output, torch.autograd.grad(output.square().sum(), layer.weight)[0]
+
+    with enable():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+    for _ in range(3):
+        x.copy_(torch.randint(5000, (20_000,), device=cuda))
+        graph.replay()
+        torch.testing.assert_close(results, step(), rtol=0, atol=0)
