@@ -32,8 +32,8 @@ class enable:  # noqa: N801 (it is called like a function)
     below autograd, for float32, float64, float16 and bfloat16 weights and int32 and int64 indices. Everything else,
     also ``scale_grad_by_freq``, ``max_norm`` and ``sparse``, nn.EmbeddingBag and other devices, runs as ever.
     For ``torch.compile``, whose compiler has a backward of its own, ``torch.nn.functional.embedding`` is replaced as
-    well: what was compiled before recompiles at its next call. Code that has taken the function out of its module
-    before (``from torch.nn.functional import embedding``) keeps torch's backward there, and there alone.
+    well: what was compiled before recompiles at its next call. Code that does not look the function up in its module
+    (``torch.embedding``, ``from torch.nn.functional import embedding``) keeps Inductor's backward where it is compiled.
 
     On macOS and Windows, where there are no kernels, it does nothing.
 

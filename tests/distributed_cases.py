@@ -185,6 +185,21 @@ def dimension_parallel_under_enable(rank):
         tensor_parallel(rank, Model(nn.Embedding), ColwiseParallel(output_layouts=Replicate()))
 
 
+def vocabulary_parallel_and_fsdp2(rank):
+    """A mesh of two dimensions: pairs of ranks share a table, and the pairs share the batch."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(rank.device.type, (rank.size // 2, 2), mesh_dim_names=("data", "tensor"))
+    model = Model().to(rank.device)
+    reference = single_process(rank, model, 5, V)
+    parallelize_module(model, mesh["tensor"], {"tokens": RowwiseParallel(input_layouts=Replicate())})
+    fully_shard(model, mesh=mesh["data"])
+    assert model.tokens.weight.to_local().numel() == V * D // rank.size
+    part = mesh["data"].get_local_rank()
+    train(model, [x.chunk(rank.size // 2)[part] for x in rank.inputs(5, V)])
+    assert_same_training(model, reference)
+
+
 def checkpoint(rank):
     """Saved sharded, read whole, by torch's own layer too, and sharded again; training goes on the same."""
     from torch.distributed.fsdp import fully_shard
@@ -267,6 +282,7 @@ CASES = {
         vocabulary_parallel_under_enable,
         dimension_parallel,
         dimension_parallel_under_enable,
+        vocabulary_parallel_and_fsdp2,
         checkpoint,
         whole_tables,
     )
