@@ -54,12 +54,13 @@ class enable:  # noqa: N801 (it is called like a function)
         if not _loader.native_platform():
             return
         with _lock:
+            if _count == 0:
+                _tell_dynamo_where_torchs_function_is()
             _loader.accelerate_aten()
             self._active = True
             _count += 1
             _enabled = True
             if _count == 1:
-                _tell_dynamo_where_torchs_function_is()
                 F.embedding = _embedding
 
     def disable(self) -> None:
