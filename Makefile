@@ -37,6 +37,10 @@ test: install ## Run the tests on the installed package.
 	@mkdir -p build/test-run && ln -sfn ../../tests build/test-run/tests
 	cd build/test-run && FAST_EMBEDDING_INSTALLED=1 $(BIN)/pytest -c ../../pyproject.toml --rootdir . $(PYTEST_ARGS)
 
+.PHONY: test-compat
+test-compat: $(VENV)/.compat ## Run the tests beside transformers and others, and in several processes.
+	@$(MAKE) --no-print-directory test PYTEST_ARGS="-m compat $(PYTEST_ARGS)"
+
 .PHONY: bench
 bench: install ## Run the benchmark and the training runs on this machine's device (BENCH_ARGS="--quick", "--full", ...).
 	$(BIN)/fast-embedding bench $(BENCH_ARGS)
@@ -108,4 +112,9 @@ $(VENV)/.installed: $(VENV)/.torch $(VENV)/.build-wanted $(SOURCES)
 	@command -v $${CXX:-g++} >/dev/null || { echo "no C++ compiler: install one (on Debian and Ubuntu: apt-get install g++)" >&2; exit 1; }
 	@echo "Building the native libraries: a few minutes the first time."
 	$(BUILD_ENV) FAST_EMBEDDING_ARCHS='$(LOCAL_ARCHS)' $(PIP) install --progress-bar off --no-build-isolation '.[test,bench]'
+	@touch $@
+
+$(VENV)/.compat: $(VENV)/.installed
+	$(BUILD_ENV) FAST_EMBEDDING_ARCHS='$(LOCAL_ARCHS)' $(PIP) install --quiet --no-build-isolation '$(TORCH)' '.[compat]' || \
+	  echo "not all packages of the extra compat are to be had: tests that need the missing ones are skipped and name them"
 	@touch $@

@@ -167,6 +167,10 @@ setup(
     install_requires=["torch>=2.4", *([MATRIX[WANTED]["requirement"]] if WANTED.startswith("cu") else [])],
     extras_require={
         "bench": ["matplotlib", "rich"],
+        "compat": [
+            *("onnx", "onnxruntime", "onnxscript"),
+            *("peft", "pytorch-lightning", "safetensors", "torch-geometric", "transformers"),
+        ],
         "test": ["hypothesis", "numpy", "pytest", "pytest-benchmark"],
     },
     packages=["fast_embedding", "fast_embedding.bench"],

@@ -13,6 +13,7 @@ Importing the package neither initialises a GPU nor loads the native library; th
 __version__ = "0.1.0"
 
 from . import functional
+from .everywhere import enable
 from .modules import FastEmbedding, FastMultiEmbedding
 from .replace import replace_embeddings, restore_embeddings
 
@@ -20,6 +21,7 @@ __all__ = [
     "FastEmbedding",
     "FastMultiEmbedding",
     "__version__",
+    "enable",
     "functional",
     "replace_embeddings",
     "restore_embeddings",

@@ -46,10 +46,11 @@ class _Part:
 
 @dataclass
 class _State:
-    """All that was loaded. `devices` is empty while there is no binding."""
+    """All that was loaded. Without a binding there are no `devices` and no `library`, the handle of the binding."""
 
     binding: _Part
     devices: dict[str, _Part] = field(default_factory=dict)
+    library: ctypes.CDLL | None = None
 
 
 _state: _State | None = None
@@ -91,6 +92,27 @@ def require(device_type: str) -> None:
         raise RuntimeError(f"fast-embedding has kernels for cpu and cuda, not for {device_type}")
     if part.reason is not None:
         raise RuntimeError(part.reason)
+
+
+def accelerate_aten() -> None:
+    """Have aten::embedding and its dense backward run our kernels, until as many calls of :func:`leave_aten_alone`.
+
+    Raises:
+        RuntimeError: as :func:`load`, or the operators cannot be replaced in this torch.
+    """
+    load()
+    assert _state is not None
+    assert _state.library is not None
+    error = _state.library.fe_binding_enable(int(torch.version.cuda is not None))
+    if error is not None:
+        raise RuntimeError(f"fast-embedding cannot replace kernels of torch {torch.__version__}: {error.decode()}")
+
+
+def leave_aten_alone() -> None:
+    """Take back one call of :func:`accelerate_aten`."""
+    assert _state is not None
+    assert _state.library is not None
+    _state.library.fe_binding_disable()
 
 
 def status() -> dict[str, Any]:
@@ -136,11 +158,13 @@ def _load_all() -> _State:
     library = ctypes.CDLL(str(binding.path))
     library.fe_binding_load.restype = ctypes.c_char_p
     library.fe_binding_refuse.restype = None
+    library.fe_binding_enable.restype = ctypes.c_char_p
+    library.fe_binding_disable.restype = None
     devices = {"cpu": _load_cpu(library), "cuda": _load_cuda(library)}
     for device_type, part in devices.items():
         if part.reason is not None:
             library.fe_binding_refuse(device_type.encode(), part.reason.encode())
-    return _State(binding, devices)
+    return _State(binding, devices, library)
 
 
 # ---- The binding ----------------------------------------------------------------------------------------------------

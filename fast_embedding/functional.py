@@ -36,6 +36,9 @@ _ON_CUDA = ops.native_platform() and torch.version.hip is None
 # D = 4 to 64 and V = 10 to 50000, a training step wins them back from 64 indices on.
 _CPU_MIN_INDICES = 64
 
+# As it was at import: enable() puts a function in its place that comes back here.
+_torch_embedding = F.embedding
+
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
 
@@ -82,13 +85,13 @@ def embedding(
     if check_indices or (check_indices is None and _CHECK_INDICES):
         _check_indices(input, weight.size(0))
     if max_norm is not None or scale_grad_by_freq or sparse or _falls_through(input, weight):
-        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        return _torch_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if padding_idx is None:
         padding_idx = -1
     else:
         num_embeddings = weight.size(0)
         if not -num_embeddings <= padding_idx < num_embeddings:
-            return F.embedding(input, weight, padding_idx)  # which knows its own error
+            return _torch_embedding(input, weight, padding_idx)  # which knows its own error
         if padding_idx < 0:
             padding_idx += num_embeddings
     if weight.is_cpu and not _is_compiling() and input.numel() < _CPU_MIN_INDICES:
@@ -171,7 +174,9 @@ def lookup_tables(
     if _falls_through(input, weight):
         output = torch.cat(
             [
-                F.embedding(input[..., table], table_weight, padding_idx[table] if padding_idx[table] >= 0 else None)
+                _torch_embedding(
+                    input[..., table], table_weight, padding_idx[table] if padding_idx[table] >= 0 else None
+                )
                 for table, table_weight in enumerate(layout.tables(weight))
             ],
             -1,

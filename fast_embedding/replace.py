@@ -11,7 +11,11 @@ from .modules import FastEmbedding
 __all__ = ["replace_embeddings", "restore_embeddings"]
 
 
-def replace_embeddings(model: nn.Module, filter: Callable[[str, nn.Module], bool] | None = None) -> int:
+def replace_embeddings(
+    model: nn.Module,
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    report: Callable[[str], object] | None = None,
+) -> int:
     """Make every :class:`torch.nn.Embedding` of ``model`` a :class:`fast_embedding.FastEmbedding`.
 
     The modules stay the same objects: only their class changes, as FastEmbedding adds no state. So parameters, weight
@@ -21,6 +25,7 @@ def replace_embeddings(model: nn.Module, filter: Callable[[str, nn.Module], bool
     Args:
         model: changed in place; may be an nn.Embedding itself.
         filter: called with the name and the module; False leaves the module as it is.
+        report: called with a line for each embedding of the model, changed or not; ``print``, say.
 
     Returns:
         How many modules were changed; one that stands in several places counts once.
@@ -30,8 +35,28 @@ def replace_embeddings(model: nn.Module, filter: Callable[[str, nn.Module], bool
     1
     >>> model[0]
     FastEmbedding(10, 4)
+    >>> replace_embeddings(model, report=print)
+    0: FastEmbedding(10, 4) is accelerated already
+    0
     """
-    return _change_class(model, nn.Embedding, FastEmbedding, filter)
+    chosen = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding):
+            continue
+        if isinstance(module, FastEmbedding):
+            outcome = "is accelerated already"
+        elif type(module) is not nn.Embedding:
+            outcome = "is left alone: a subclass, whose forward may be its own"
+        elif filter is not None and not filter(name, module):
+            outcome = "is left alone by the filter"
+        else:
+            outcome = "is accelerated now"
+            chosen.append(module)
+        if report is not None:
+            report(f"{name or 'the model'}: {module} {outcome}")
+    for module in chosen:
+        module.__class__ = FastEmbedding
+    return len(chosen)
 
 
 def restore_embeddings(model: nn.Module) -> int:
@@ -46,20 +71,7 @@ def restore_embeddings(model: nn.Module) -> int:
     >>> model[0]
     Embedding(10, 4)
     """
-    return _change_class(model, FastEmbedding, nn.Embedding, None)
-
-
-def _change_class(
-    model: nn.Module,
-    source: type[nn.Module],
-    target: type[nn.Module],
-    filter: Callable[[str, nn.Module], bool] | None,
-) -> int:
-    chosen = [
-        module
-        for name, module in model.named_modules()
-        if type(module) is source and (filter is None or filter(name, module))
-    ]
-    for module in chosen:
-        module.__class__ = target
-    return len(chosen)
+    replaced: list[nn.Module] = [module for module in model.modules() if type(module) is FastEmbedding]
+    for module in replaced:
+        module.__class__ = nn.Embedding
+    return len(replaced)

@@ -1,12 +1,15 @@
 """torch.compile, torch.export and the checks that torch has for custom operators."""
 
+import contextlib
+import re
+
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
-from fast_embedding import FastEmbedding, FastMultiEmbedding, functional
+from fast_embedding import FastEmbedding, FastMultiEmbedding, enable, functional
 from fast_embedding.layout import TableLayout
 
 LAYOUT = TableLayout([10, 4, 6], [3, 2, 8])
@@ -117,6 +120,44 @@ def test_inductor(device):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["FastEmbedding", "enable"])
+def test_the_gather_fuses_with_what_follows(op, device, way):
+    """One loop of Inductor's own for the lookup, the activation and the sum; our kernel would be a call of its own."""
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+    utils = pytest.importorskip("torch._inductor.utils")
+    if not hasattr(utils, "run_fw_bw_and_get_code"):
+        pytest.skip(f"torch {torch.__version__} does not show its generated code")
+    layer = (FastEmbedding if way == "FastEmbedding" else torch.nn.Embedding)(50, 8, padding_idx=3, device=device)
+    x = torch.randint(50, (700,), device=device)
+    with enable() if way == "enable" else contextlib.nullcontext():
+        compiled = torch.compile(lambda x: (layer(x).tanh() * 2 + 1).square().sum(-1), fullgraph=True)
+        output, (forward, backward) = utils.run_fw_bw_and_get_code(lambda: compiled(x))
+    torch.testing.assert_close(output, (layer(x).tanh() * 2 + 1).square().sum(-1))
+    names = set(re.findall(r"\b(?:cpp|triton)_\w*fused\w*", forward))
+    assert len(names) == 1, names
+    assert "embedding" in names.pop()
+    assert "fast_embedding" not in forward
+    assert "torch.ops.fast_embedding.embedding_backward.default" in backward
+
+
+@pytest.mark.parametrize("layer", ["FastEmbedding", "FastMultiEmbedding"], indirect=True)
+def test_reduce_overhead(cuda, layer):
+    """CUDA graphs, taken and replayed by torch.compile."""
+    pytest.importorskip("triton")
+    model = torch.nn.Sequential(layer, torch.nn.ReLU())
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        x = torch.randint(4, (3000, 2), device=cuda)
+        gradients = []
+        for candidate in (model, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            layer.zero_grad()
+            candidate(x).sum().backward()
+            gradients.append(layer.weight.grad.clone())
+        torch.testing.assert_close(*gradients)
+
+
 def test_compiled_autograd(device):
     layer = FastEmbedding(50, 8, device=device)
     x = torch.randint(50, (700,), device=device)
@@ -136,6 +177,30 @@ def test_export_holds_torchs_operations_alone(layer, device, strict):
     for n in (5, 3000):
         x = torch.randint(4, (n, 2), device=device)
         torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("way", ["as it is", "enable"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Exporting a model while")
+def test_onnx_export(layer, way):
+    """The forward, with a batch of any size, run by onnxruntime. The file names torch's operations alone."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if not hasattr(torch.onnx, "ONNXProgram"):
+        pytest.skip(f"torch {torch.__version__} has no torch.onnx.export(dynamo=True)")
+    x = torch.randint(4, (1000, 2), device=layer.weight.device)
+    rows = torch.export.Dim("rows", min=2, max=100_000)
+    with enable() if way == "enable" else contextlib.nullcontext():
+        program = torch.onnx.export(
+            layer, (x,), dynamo=True, dynamic_shapes=({0: rows},), input_names=["x"], verbose=False
+        )
+    assert {node.domain for node in program.model_proto.graph.node} == {""}
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    for n in (5, 3000):
+        x = torch.randint(4, (n, 2))
+        (output,) = session.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(output), layer.cpu()(x).detach())
 
 
 def test_make_fx(op, device):

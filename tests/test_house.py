@@ -105,6 +105,17 @@ def test_the_example_of_the_readme_runs(tmp_path):
 
 
 @needs_tree
+def test_the_tests_that_the_docs_name_exist():
+    text = read("docs/compatibility.md")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 60
+    missing = [f"{file}::{test}" for file, test in named if f"\ndef {test}(" not in read(f"tests/{file}")]
+    assert not missing
+    cases = set(re.findall(r"`(\w+)`", text.partition("## Several processes")[2])) - {"enable"}
+    assert cases == set(re.findall(r"^        (\w+),$", read("tests/distributed_cases.py"), re.MULTILINE))
+
+
+@needs_tree
 def test_no_file_names_a_path_of_one_machine_or_a_registry():
     machine = re.compile(r"(?<![\w.$}-])/(?:root|farm|work|Users/\w+|home/[a-z]\w*|tmp/\w+)/")
     registry = re.compile(r"(?:pypi|pythonhosted|npmjs|debian|anaconda)[.](?:org|com)\b")

@@ -57,7 +57,9 @@ def test_the_package_is_typed():
     assert files("fast_embedding").joinpath("py.typed").is_file()
 
 
-@pytest.mark.parametrize("module", ["", ".functional", ".layout", ".modules", ".replace"])
+@pytest.mark.parametrize(
+    "module", ["", ".distributed", ".everywhere", ".functional", ".layout", ".modules", ".replace"]
+)
 def test_examples_in_docstrings(module):
     import doctest
     import importlib

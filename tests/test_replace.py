@@ -90,6 +90,19 @@ def test_filter_chooses_by_name_and_module():
     assert seen == [("tokens", model.tokens), ("blocks.0.positions", model.blocks[0]["positions"])]
 
 
+def test_a_summary_on_request():
+    model, lines = LanguageModel(), []
+    assert replace_embeddings(model, lambda name, _: name == "tokens", lines.append) == 1
+    assert lines == [
+        "tokens: Embedding(50, 8, padding_idx=0) is accelerated now",
+        "scaled: Scaled(50, 8) is left alone: a subclass, whose forward may be its own",
+        "blocks.0.positions: Embedding(400, 8) is left alone by the filter",
+    ]
+    lines.clear()
+    assert replace_embeddings(model.tokens, report=lines.append) == 0
+    assert lines == ["the model: FastEmbedding(50, 8, padding_idx=0) is accelerated already"]
+
+
 def test_the_model_may_be_an_embedding():
     model = nn.Embedding(9, 2)
     assert replace_embeddings(model) == 1

@@ -5,6 +5,8 @@
 //
 // padding_idx is -1 (none) or in [0, V). Under torch.compile the forward becomes aten.embedding, which Inductor fuses
 // into what follows, and the backward stays our op, which Inductor could not improve on.
+#include "embedding.h"
+
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/embedding_dense_backward.h>
 #include <ATen/ops/empty.h>
@@ -15,9 +17,70 @@
 #include "launch.h"
 
 namespace fast_embedding {
-namespace {
 
 using at::Tensor;
+
+// ---- The kernels ---------------------------------------------------------------------------------------------------
+
+Tensor lookup(const Tensor& weight, const Tensor& indices) {
+  const auto scalar = scalar_type(weight.scalar_type());
+  if (!scalar) {
+    return {};
+  }
+  const int64_t embedding_dim = weight.size(1);
+  c10::DimVector sizes(indices.sizes());
+  sizes.push_back(embedding_dim);
+  Tensor output = at::empty(sizes, weight.options());
+
+  const Rows weight_rows = as_rows(weight);
+  const IndexRows index_rows = as_index_rows(indices, /*last_is_table=*/false);
+  const FeTable table{weight.size(0), embedding_dim, /*weight_offset=*/0, weight_rows.stride,
+                      /*padding_idx=*/-1};
+  FeForwardArgs args{};
+  args.scalar_type = *scalar;
+  args.index_type = index_rows.type;
+  args.num_tables = 1;
+  args.tables = &table;
+  args.num_rows = index_rows.num_rows;
+  args.indices = index_rows.storage.const_data_ptr();
+  args.index_row_stride = index_rows.row_stride;
+  args.index_table_stride = index_rows.table_stride;
+  args.weight = weight_rows.storage.const_data_ptr();
+  args.output = output.mutable_data_ptr();
+  args.output_stride = embedding_dim;
+  return run_forward(args, weight, indices) ? output : Tensor();
+}
+
+Tensor lookup_backward(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings, int64_t padding_idx) {
+  const auto scalar = scalar_type(grad_output.scalar_type());
+  if (!scalar) {
+    return {};
+  }
+  const int64_t embedding_dim = grad_output.size(-1);
+  Tensor grad_weight = at::empty({num_embeddings, embedding_dim}, grad_output.options());
+
+  const Rows grad_rows = as_rows(grad_output);
+  const IndexRows index_rows = as_index_rows(indices, /*last_is_table=*/false);
+  const FeTable table{num_embeddings, embedding_dim, /*weight_offset=*/0, /*weight_stride=*/embedding_dim, padding_idx};
+  FeBackwardArgs args{};
+  args.scalar_type = *scalar;
+  args.index_type = index_rows.type;
+  args.num_tables = 1;
+  args.tables = &table;
+  args.num_rows = index_rows.num_rows;
+  args.indices = index_rows.storage.const_data_ptr();
+  args.index_row_stride = index_rows.row_stride;
+  args.index_table_stride = index_rows.table_stride;
+  args.grad_output = grad_rows.storage.const_data_ptr();
+  args.grad_output_stride = grad_rows.stride;
+  args.grad_weight = grad_weight.mutable_data_ptr();
+  args.grad_weight_numel = grad_weight.numel();
+  args.deterministic = at::globalContext().deterministicAlgorithms();
+  return run_backward(args, grad_output, indices) ? grad_weight : Tensor();
+}
+
+namespace {
+
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
@@ -51,31 +114,8 @@ Tensor aten_embedding_backward(const Tensor& grad_output, const Tensor& indices,
 Tensor embedding_dense(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
   TORCH_CHECK(weight.dim() == 2, "weight must be 2-D, got ", weight.dim(), "-D");
   check_indices(indices, weight, "weight");
-  const auto scalar = scalar_type(weight.scalar_type());
-  if (!scalar) {
-    return aten_embedding(weight, indices, padding_idx);
-  }
-  const int64_t embedding_dim = weight.size(1);
-  c10::DimVector sizes(indices.sizes());
-  sizes.push_back(embedding_dim);
-  Tensor output = at::empty(sizes, weight.options());
-
-  const Rows weight_rows = as_rows(weight);
-  const IndexRows index_rows = as_index_rows(indices, /*last_is_table=*/false);
-  const FeTable table{weight.size(0), embedding_dim, /*weight_offset=*/0, weight_rows.stride, padding_idx};
-  FeForwardArgs args{};
-  args.scalar_type = *scalar;
-  args.index_type = index_rows.type;
-  args.num_tables = 1;
-  args.tables = &table;
-  args.num_rows = index_rows.num_rows;
-  args.indices = index_rows.storage.const_data_ptr();
-  args.index_row_stride = index_rows.row_stride;
-  args.index_table_stride = index_rows.table_stride;
-  args.weight = weight_rows.storage.const_data_ptr();
-  args.output = output.mutable_data_ptr();
-  args.output_stride = embedding_dim;
-  return run_forward(args, weight, indices) ? output : aten_embedding(weight, indices, padding_idx);
+  Tensor output = lookup(weight, indices);
+  return output.defined() ? output : aten_embedding(weight, indices, padding_idx);
 }
 
 void check_backward(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings, int64_t padding_idx) {
@@ -91,33 +131,9 @@ void check_backward(const Tensor& grad_output, const Tensor& indices, int64_t nu
 Tensor embedding_backward_dense(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings,
                                 int64_t padding_idx) {
   check_backward(grad_output, indices, num_embeddings, padding_idx);
-  const auto scalar = scalar_type(grad_output.scalar_type());
-  if (!scalar) {
-    return aten_embedding_backward(grad_output, indices, num_embeddings, padding_idx);
-  }
-  const int64_t embedding_dim = grad_output.size(-1);
-  Tensor grad_weight = at::empty({num_embeddings, embedding_dim}, grad_output.options());
-
-  const Rows grad_rows = as_rows(grad_output);
-  const IndexRows index_rows = as_index_rows(indices, /*last_is_table=*/false);
-  const FeTable table{num_embeddings, embedding_dim, /*weight_offset=*/0, /*weight_stride=*/embedding_dim, padding_idx};
-  FeBackwardArgs args{};
-  args.scalar_type = *scalar;
-  args.index_type = index_rows.type;
-  args.num_tables = 1;
-  args.tables = &table;
-  args.num_rows = index_rows.num_rows;
-  args.indices = index_rows.storage.const_data_ptr();
-  args.index_row_stride = index_rows.row_stride;
-  args.index_table_stride = index_rows.table_stride;
-  args.grad_output = grad_rows.storage.const_data_ptr();
-  args.grad_output_stride = grad_rows.stride;
-  args.grad_weight = grad_weight.mutable_data_ptr();
-  args.grad_weight_numel = grad_weight.numel();
-  args.deterministic = at::globalContext().deterministicAlgorithms();
-  return run_backward(args, grad_output, indices)
-             ? grad_weight
-             : aten_embedding_backward(grad_output, indices, num_embeddings, padding_idx);
+  Tensor grad_weight = lookup_backward(grad_output, indices, num_embeddings, padding_idx);
+  return grad_weight.defined() ? grad_weight
+                               : aten_embedding_backward(grad_output, indices, num_embeddings, padding_idx);
 }
 
 // ---- Meta (the forward's is ATen's own, through CompositeExplicitAutograd) ----------------------------------------

@@ -24,7 +24,7 @@ const CudaKernels& cuda_kernels();
 
 }  // namespace fast_embedding
 
-// The loader's side (fast_embedding/_loader.py calls both through ctypes). `device_type` is "cpu" or "cuda".
+// The loader's side (fast_embedding/_loader.py calls these through ctypes). `device_type` is "cpu" or "cuda".
 extern "C" {
 
 /// Loads the kernel library at `path`: dlopen alone, no device is touched. Null, or why not (valid until this thread's
@@ -33,4 +33,9 @@ FE_EXPORT const char* fe_binding_load(const char* device_type, const char* path)
 
 /// Tells why there are no kernels for this device: the message of the RuntimeError at first use.
 FE_EXPORT void fe_binding_refuse(const char* device_type, const char* reason);
+
+/// One more, or one fewer, who wants aten::embedding and its dense backward on our kernels, in the whole process. The
+/// first call replaces those of the CPU and, `with_cuda`, of CUDA; none is ever put back. Null, or why not.
+FE_EXPORT const char* fe_binding_enable(int32_t with_cuda);
+FE_EXPORT void fe_binding_disable();
 }

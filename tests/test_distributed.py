@@ -1,0 +1,71 @@
+"""Several processes, each a part of the data, of a table or of the tables: equal to one process that has all."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.compat
+if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+    pytest.skip(f"torch {torch.__version__} has no FSDP2 and no public DTensor", allow_module_level=True)
+
+from distributed_cases import CASES  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """(device type, number of ranks) -> per case what every rank said; started once for all cases."""
+    known = {}
+
+    def run(device_type, ranks):
+        if (device_type, ranks) not in known:
+            folder = tmp_path_factory.mktemp(f"{device_type}{ranks}")
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            command += [str(Path(__file__).with_name("distributed_cases.py")), device_type, str(folder)]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert result.returncode == 0, result.stderr[-5000:]
+            by_rank = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+            known[device_type, ranks] = {case: [outcome[case] for outcome in by_rank] for case in CASES}
+        return known[device_type, ranks]
+
+    return run
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_one_process(outcomes, device, case, ranks):
+    if device.type == "cuda" and torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    for rank, outcome in enumerate(outcomes(device.type, ranks)[case]):
+        assert outcome == "passed", f"rank {rank}:\n{outcome}"
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SCALING = ROOT / "docs/scaling.md"
+COMMANDS = (
+    re.findall(r"^ {4}(torchrun --standalone .*)$", SCALING.read_text(), re.MULTILINE) if SCALING.exists() else []
+)
+
+
+@pytest.mark.skipif(not COMMANDS, reason="the source tree is not here")
+@pytest.mark.parametrize("command", COMMANDS or [""], ids=lambda command: command.rpartition(" ")[2])
+def test_the_commands_of_the_docs_run(command):
+    """As written, but with this Python's torchrun, on the CPU."""
+    _, *arguments = shlex.split(command)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", result.stdout))
+    assert last < 0.7 * first, result.stdout
