@@ -35,25 +35,23 @@ int64_t place_blocks(uint64_t* counts, int64_t num_blocks, int64_t num_digits) {
 
 // for_each_key(block, visit) calls visit(key) for the keys of a block in order; it is called twice.
 template <typename ForEachKey>
-int64_t radix_pass(const PartitionPlan& plan, int shift, uint64_t* counts, uint64_t* output,
-                   const FeCpuContext& context, const ForEachKey& for_each_key) {
+void radix_pass(const PartitionPlan& plan, int shift, uint64_t* counts, uint64_t* output, int64_t* num_keys,
+                Team::Member& member, const ForEachKey& for_each_key) {
   const int64_t num_digits = plan.num_digits();
   const auto digit_mask = static_cast<uint64_t>(num_digits - 1);
-  parallel_for(context, 0, plan.num_blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      uint64_t* count = counts + block * num_digits;
-      std::fill(count, count + num_digits, uint64_t{0});
-      for_each_key(block, [&](uint64_t key) { ++count[(key >> shift) & digit_mask]; });
-    }
+  member.for_each(plan.num_blocks, [&](int64_t block) {
+    uint64_t* count = counts + block * num_digits;
+    std::fill(count, count + num_digits, uint64_t{0});
+    for_each_key(block, [&](uint64_t key) { ++count[(key >> shift) & digit_mask]; });
   });
-  const int64_t num_keys = place_blocks(counts, plan.num_blocks, num_digits);
-  parallel_for(context, 0, plan.num_blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      uint64_t* place = counts + block * num_digits;
-      for_each_key(block, [&](uint64_t key) { output[place[(key >> shift) & digit_mask]++] = key; });
-    }
+  member.once([&] {
+    *num_keys = place_blocks(counts, plan.num_blocks, num_digits);
+    std::fill(output + *num_keys, output + *num_keys + kPrefetchRows, uint64_t{0});
   });
-  return num_keys;
+  member.for_each(plan.num_blocks, [&](int64_t block) {
+    uint64_t* place = counts + block * num_digits;
+    for_each_key(block, [&](uint64_t key) { output[place[(key >> shift) & digit_mask]++] = key; });
+  });
 }
 
 }  // namespace
@@ -74,37 +72,36 @@ PartitionPlan plan_partition(int64_t num_rows, int64_t num_embeddings) {
 }
 
 Partition partition_by_row(const PartitionPlan& plan, const Indices& indices, int64_t table, int64_t padding_idx,
-                           void* workspace, const FeCpuContext& context) {
-  auto* counts = static_cast<uint64_t*>(workspace);
+                           void* workspace, Team::Member& member) {
+  auto* num_keys = static_cast<int64_t*>(workspace);
+  auto* counts = reinterpret_cast<uint64_t*>(num_keys + 1);
   uint64_t* keys = counts + plan.num_blocks * plan.num_digits();
   uint64_t* other_keys = keys + plan.keys_capacity;  // exists where there is more than one pass
 
   // The first pass reads the indices themselves and leaves the padding row's out.
-  const int64_t count =
-      radix_pass(plan, plan.position_bits, counts, keys, context, [&](int64_t block, const auto& visit) {
-        int64_t tile[kTile];
-        const int64_t block_end = std::min((block + 1) * plan.block_rows, plan.num_rows);
-        for (int64_t row = block * plan.block_rows; row < block_end; row += kTile) {
-          const int64_t tile_rows = std::min(kTile, block_end - row);
-          indices.read(row, tile_rows, table, tile);
-          for (int64_t i = 0; i < tile_rows; ++i) {
-            if (tile[i] == padding_idx) continue;
-            visit(static_cast<uint64_t>(tile[i]) << plan.position_bits | static_cast<uint64_t>(row + i));
-          }
-        }
-      });
+  radix_pass(plan, plan.position_bits, counts, keys, num_keys, member, [&](int64_t block, const auto& visit) {
+    int64_t tile[kTile];
+    const int64_t block_end = std::min((block + 1) * plan.block_rows, plan.num_rows);
+    for (int64_t row = block * plan.block_rows; row < block_end; row += kTile) {
+      const int64_t tile_rows = std::min(kTile, block_end - row);
+      indices.read(row, tile_rows, table, tile);
+      for (int64_t i = 0; i < tile_rows; ++i) {
+        if (tile[i] == padding_idx) continue;
+        visit(static_cast<uint64_t>(tile[i]) << plan.position_bits | static_cast<uint64_t>(row + i));
+      }
+    }
+  });
 
-  const int64_t block_keys = divide_up(count, plan.num_blocks);
   for (int pass = 1; pass < plan.num_passes; ++pass) {
     const int shift = plan.position_bits + pass * plan.digit_bits;
-    radix_pass(plan, shift, counts, other_keys, context, [&](int64_t block, const auto& visit) {
-      const int64_t block_end = std::min((block + 1) * block_keys, count);
+    radix_pass(plan, shift, counts, other_keys, num_keys, member, [&](int64_t block, const auto& visit) {
+      const int64_t block_keys = divide_up(*num_keys, plan.num_blocks);
+      const int64_t block_end = std::min((block + 1) * block_keys, *num_keys);
       for (int64_t i = block * block_keys; i < block_end; ++i) visit(keys[i]);
     });
     std::swap(keys, other_keys);
   }
-  std::fill(keys + count, keys + count + kPrefetchRows, count > 0 ? keys[count - 1] : 0);
-  return {keys, count};
+  return {keys, num_keys};
 }
 
 }  // namespace fast_embedding::cpu
