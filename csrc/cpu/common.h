@@ -17,8 +17,8 @@ namespace fast_embedding::cpu {
 // Indices are widened to int64 this many at a time: 2 KB, so that they are still in L1 when they are used.
 constexpr int64_t kTile = 256;
 
-// A second thread costs 2-5 us to wake: each is to have this many bytes of traffic at least.
-constexpr int64_t kThreadBytes = 128 << 10;
+// A second thread costs 2-5 us to wake: each is to have this many bytes to read and write at least, 5-10 us.
+constexpr int64_t kThreadBytes = 256 << 10;
 // Tasks of a phase: small enough to share out evenly, large enough for the counter not to matter, and up to a huge page
 // where there is much to do, so that two threads seldom wait for the same page.
 constexpr int64_t kMinTaskBytes = 32 << 10;
@@ -29,7 +29,7 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t multiple) { return divide_up(a, multiple) * multiple; }
 
 // How many threads are worth their waking for this much traffic.
-inline int64_t threads_for(int64_t bytes) { return divide_up(bytes, kThreadBytes); }
+inline int64_t threads_for(int64_t bytes) { return bytes / kThreadBytes; }
 
 // How many items of `item_bytes` make a task, of `count` that `threads` share.
 inline int64_t task_items(int64_t count, int64_t item_bytes, int64_t threads) {

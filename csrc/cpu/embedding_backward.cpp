@@ -38,7 +38,7 @@ constexpr int64_t kPrivateBytes = 1 << 20;
 constexpr int64_t kPrivateElementsPerIndex = 32;
 // A copy of the tables is zeroed and read back once for this many gradients of its size.
 constexpr int64_t kPrivateReuse = 32;
-constexpr int64_t kPrivateMinReuse = 4;
+constexpr int64_t kPrivateMinReuse = 8;
 constexpr int64_t kPrivateMinBlocks = 4;
 constexpr int64_t kPrivateMaxBlocks = 64;
 constexpr int64_t kPrivateBlockElements = 16 << 10;
@@ -128,7 +128,11 @@ class Backward {
           run_in_place(group, member);
           break;
         case Strategy::kPrivate:
-          run_private(group, workspace, member);
+          if (may_add_in_place(member) && plan_private(group).copies == 1) {
+            run_in_place(group, member);
+          } else {
+            run_private(group, workspace, member);
+          }
           break;
         case Strategy::kSorted:
           if (may_add_in_place(member)) {
@@ -304,7 +308,11 @@ class Backward {
   // ---- Private ---------------------------------------------------------------------------------------------------
 
   void run_private(const Group& group, void* workspace, Team::Member& member) const {
-    const PrivatePlan plan = plan_private(group);
+    PrivatePlan plan = plan_private(group);
+    if (member.team_size() == 1 && args_.deterministic == 0) {
+      plan.num_blocks = 1;
+      plan.block_rows = args_.num_rows;
+    }
     auto* sums = static_cast<acc_t*>(workspace);
     member.for_each(plan.num_blocks,
                     [&](int64_t block) { sum_block(group, plan, block, sums + block * plan.block_stride); });

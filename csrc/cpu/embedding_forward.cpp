@@ -65,7 +65,7 @@ FeStatus fe_cpu_embedding_forward(const FeForwardArgs* args, void* workspace, si
   if (args->output_stride == columns) expect_whole_write(args->output, args->num_rows * row_bytes);
   std::atomic<bool> found{false};
   const int64_t index_bytes = args->num_tables * static_cast<int64_t>(sizeof(int64_t));
-  Team::run(*context, threads_for(args->num_rows * (row_bytes + index_bytes)), [&](Team::Member& member) {
+  Team::run(*context, threads_for(args->num_rows * (2 * row_bytes + index_bytes)), [&](Team::Member& member) {
     check_indices(indices, args->num_rows, args->tables, args->num_tables, member, &found);
     if (found.load(std::memory_order_relaxed) || columns == 0) return;
     member.for_ranges(args->num_rows, task_items(args->num_rows, row_bytes, member.team_size()),
