@@ -13,6 +13,16 @@
 
 namespace fast_embedding::cpu {
 
+// Positions are split into this many blocks at most: they keep as many cores busy with 1 MB of counters.
+constexpr int64_t kMaxPartitionBlocks = 64;
+
+// What the phases of a partition leave for each other.
+struct PartitionState {
+  int64_t num_keys;
+  bool sorted;                          // the indices came in ascending order: nothing to move
+  bool ascending[kMaxPartitionBlocks];  // each block, from the last index of the block before
+};
+
 // A lookup that is not of the padding row, as row << position_bits | position: sorts as a plain number.
 struct PartitionPlan {
   int64_t num_rows;   // positions, N
@@ -29,8 +39,9 @@ struct PartitionPlan {
   int64_t row_of(uint64_t key) const { return static_cast<int64_t>(key >> position_bits); }
   // At most 16 bytes an index, and 1 MB of counters.
   size_t workspace_bytes() const {
-    return static_cast<size_t>((num_passes > 1 ? 2 : 1) * keys_capacity + num_blocks * num_digits() + 1) *
-           sizeof(uint64_t);
+    return static_cast<size_t>((num_passes > 1 ? 2 : 1) * keys_capacity + num_blocks * num_digits()) *
+               sizeof(uint64_t) +
+           sizeof(PartitionState);
   }
 };
 
