@@ -395,7 +395,9 @@ GatherFn gather_for(int64_t row_bytes) {
   if (row_bytes < 8) return gather_between<4>;
   if (row_bytes < 16) return gather_between<8>;
   if (row_bytes < 32) return gather_between<16>;
-  if (FE_VECTOR_BYTES == 64 && row_bytes < 64) return gather_between<32>;
+  if constexpr (FE_VECTOR_BYTES == 64) {
+    if (row_bytes < 64) return gather_between<32>;
+  }
   return gather<0>;
 }
 

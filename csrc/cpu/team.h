@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -41,9 +42,7 @@ class Team {
       if (done > 0) team_.done_.fetch_add(done, std::memory_order_release);
       // Only tasks that a running thread has taken are waited for, so this ends even where the pool runs its threads
       // one after another.
-      for (int spins = 0; !is_over(); ++spins) {
-        if (spins >= kSpins) std::this_thread::yield();
-      }
+      if (!is_over()) wait();
       begin_ += quota;
     }
 
@@ -79,6 +78,13 @@ class Team {
         task(first + next - begin_);
         ++done;
         before = taken.load(std::memory_order_relaxed);
+      }
+    }
+
+    void wait() const {
+      const auto patience_ends = std::chrono::steady_clock::now() + kPatience;
+      while (!is_over()) {
+        if (std::chrono::steady_clock::now() > patience_ends) std::this_thread::yield();
       }
     }
 
@@ -118,8 +124,9 @@ class Team {
 
   static constexpr int64_t kMaxMembers = 256;
 
-  // A phase's end is usually a microsecond away; where its thread lost the core, this one is better given away.
-  static constexpr int kSpins = 1000;
+  // The end of a phase is a task away at most. A core given up on a busy machine is lost for a time slice of some other
+  // process, 4-8 ms; waiting forever would keep it from the very thread that is waited for.
+  static constexpr std::chrono::microseconds kPatience{500};
 
   // A line of its own for each counter: its owner writes it for every task.
   struct alignas(64) Counter : std::atomic<int64_t> {
