@@ -247,7 +247,18 @@ void sum_rows(accumulator_t<scalar_t>* sum, const scalar_t* grad, int64_t grad_s
       constexpr int kWidth = decltype(lanes)::value;
       store(sum + column, widen<kWidth>(row(0) + column));
     });
-    for (int64_t i = 1; i < count; ++i) {
+    // Four rows at a time, one after the other: the sum is loaded and stored once, and memory follows four streams.
+    int64_t i = 1;
+    for (; i + 4 <= count; i += 4) {
+      for (int64_t ahead = 0; ahead < 4; ++ahead) prefetch_row(i + ahead + kPrefetchRows - 3);
+      for_each_vector<kLanes>(0, dim, [&](auto lanes, int64_t column) __attribute__((always_inline)) {
+        constexpr int kWidth = decltype(lanes)::value;
+        auto total = load_as<Vec<acc_t, kWidth>>(sum + column);
+        for (int64_t next = 0; next < 4; ++next) total += widen<kWidth>(row(i + next) + column);
+        store(sum + column, total);
+      });
+    }
+    for (; i < count; ++i) {
       prefetch_row(i + kPrefetchRows);
       add_row(sum, row(i), dim);
     }
