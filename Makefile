@@ -60,8 +60,8 @@ gpu-check: ## Check a wheel on this machine's GPU (WHEEL=dist/x.whl OUT=dir); se
 .PHONY: lint lint-python lint-native lint-scripts
 lint: lint-python lint-native lint-scripts ## Check format, style, types, scripts and workflows.
 lint-python: $(VENV)/.lint $(VENV)/.torch
-	$(BIN)/ruff format --check . tools/torch-headers
-	$(BIN)/ruff check . tools/torch-headers
+	$(BIN)/ruff format --check . tools/torch-headers tools/cpu-sweep
+	$(BIN)/ruff check . tools/torch-headers tools/cpu-sweep
 	$(BIN)/mypy
 lint-native: $(VENV)/.lint
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
@@ -73,8 +73,8 @@ lint-scripts: $(VENV)/.lint
 
 .PHONY: format
 format: $(VENV)/.lint ## Rewrite the sources as `make lint` wants them.
-	$(BIN)/ruff format . tools/torch-headers
-	$(BIN)/ruff check --fix --exit-zero . tools/torch-headers
+	$(BIN)/ruff format . tools/torch-headers tools/cpu-sweep
+	$(BIN)/ruff check --fix --exit-zero . tools/torch-headers tools/cpu-sweep
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 .PHONY: clean

@@ -195,7 +195,7 @@ def _falls_through(input: Tensor, weight: Tensor) -> bool:
     return (
         type(weight) not in _PLAIN_TENSORS
         or type(input) not in _PLAIN_TENSORS
-        or not ((weight.is_cuda and _ON_CUDA) or (weight.is_cpu and _ON_CPU))
+        or not ((weight.is_cpu and _ON_CPU) or (weight.is_cuda and _ON_CUDA))
         or _is_tracing()
         # What torch.compiler.is_exporting() (from torch 2.7) returns, except that Dynamo of torch 2.11 makes that True.
         or getattr(torch.compiler, "_is_exporting_flag", False)

@@ -30,7 +30,7 @@ INDEX_TYPES = {"int32": 0, "int64": 1}
 # Half a unit in the last place of a value near 1, and of a denormal.
 ROUNDING = {"float32": 2.0**-24, "float64": 2.0**-53, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 DENORMAL_ROUNDING = {"float32": 2.0**-150, "float64": 0.0, "float16": 2.0**-25, "bfloat16": 2.0**-134}
-DISTRIBUTIONS = ("uniform", "zipf", "one row", "distinct")
+DISTRIBUTIONS = ("uniform", "zipf", "one row", "distinct", "ascending")
 
 
 class IndexReport(ctypes.Structure):
@@ -204,7 +204,8 @@ def make_indices(rng, distribution: str, rows: int, num_embeddings: int) -> np.n
         return rng.permutation(num_embeddings)[np.minimum(rng.zipf(1.2, rows) - 1, num_embeddings - 1)]
     if distribution == "one row":
         return np.full(rows, num_embeddings // 2)
-    return np.resize(rng.permutation(num_embeddings), rows)
+    distinct = np.resize(rng.permutation(num_embeddings), rows)
+    return np.sort(distinct) if distribution == "ascending" else distinct
 
 
 def make_grad(rng, rows: int, columns: int, dtype: str) -> np.ndarray:
@@ -235,9 +236,10 @@ def test_backward_sums(library, shape: str, distribution: str, dtype: str) -> No
     num_embeddings, dims, rows = SHAPES[shape]
     rng = np.random.default_rng(0)
     columns = [make_indices(rng, distribution, rows, v) for v in num_embeddings]
-    lookup = Lookup(num_embeddings, dims, np.stack(columns, 1), dtype, [int(c[0]) for c in columns])
-    if distribution == "one row":
-        lookup.tables[0].padding_idx = -1
+    padding_idx = [
+        -1 if distribution in ("one row", "ascending") and t == 0 else int(c[0]) for t, c in enumerate(columns)
+    ]
+    lookup = Lookup(num_embeddings, dims, np.stack(columns, 1), dtype, padding_idx)
     grad = make_grad(rng, rows, lookup.columns, dtype)
     expected, bound = reference(lookup, grad)
     for num_threads, deterministic in ((3, 1), (1, 0)):
@@ -407,6 +409,37 @@ def test_callers_do_not_disturb_each_other(library) -> None:
         jobs = [pool.submit(backward, library, lookups[i % 2], grads[i % 2], 2) for i in range(40)]
     for i, job in enumerate(jobs):
         assert job.result()[2].tobytes() == expected[i % 2]
+
+
+@pytest.mark.parametrize("shape", ["private, odd", "sorted, registers", "tables"])
+def test_a_pool_may_run_its_threads_one_after_another(library, shape: str) -> None:
+    """No thread waits for one that has not begun: torch's pool runs all in a row where it is called from within."""
+    num_embeddings, dims, rows = SHAPES[shape]
+    rng = np.random.default_rng(7)
+    rows *= 10  # enough for several threads
+    indices = np.stack([make_indices(rng, "zipf", rows, v) for v in num_embeddings], 1)
+    lookup = Lookup(num_embeddings, dims, indices)
+    grad = make_grad(rng, rows, lookup.columns, "float32")
+    expected = backward(library, lookup, grad, 1)[2].tobytes()
+    calls = []
+
+    def one_after_another(begin: int, end: int, grain: int, task, closure) -> None:
+        calls.append(end - begin)
+        for i in reversed(range(begin, end)):
+            task(i, i + 1, closure)
+
+    error = IndexReport()
+    context = Context(PARALLEL_FOR(one_after_another), 4, ctypes.pointer(error))
+    output = np.empty(lookup.numel, np.float32)
+    args = BackwardArgs(*lookup.common(), pointer(grad), lookup.columns, pointer(output), lookup.numel, 1)
+    size = ctypes.c_size_t()
+    assert library.fe_cpu_embedding_backward(ctypes.byref(args), None, ctypes.byref(size), None) == OK
+    workspace = np.empty(size.value + 256, np.uint8)
+    aligned = pointer(workspace) + -pointer(workspace) % 256
+    status = library.fe_cpu_embedding_backward(ctypes.byref(args), aligned, ctypes.byref(size), ctypes.byref(context))
+    assert status == OK
+    assert output.tobytes() == expected
+    assert calls == [4], "one parallel region"
 
 
 CAPABILITY = "FAST_EMBEDDING_CPU_CAPABILITY"

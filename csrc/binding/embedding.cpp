@@ -168,7 +168,9 @@ struct EmbeddingFunction : torch::autograd::Function<EmbeddingFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
     ctx->save_for_backward({indices});
     ctx->saved_data["num_embeddings"] = weight.sym_size(0);
-    ctx->saved_data["padding_idx"] = padding_idx;
+    if (padding_idx >= 0) {  // an entry costs 0.1 us of the 2 to 3 us of a small lookup
+      ctx->saved_data["padding_idx"] = padding_idx;
+    }
     return embedding_below_autograd(weight, indices, padding_idx);
   }
 
@@ -179,7 +181,8 @@ struct EmbeddingFunction : torch::autograd::Function<EmbeddingFunction> {
     }
     const Tensor indices = ctx->get_saved_variables()[0];
     c10::SymInt num_embeddings = ctx->saved_data["num_embeddings"].toSymInt();
-    const int64_t padding_idx = ctx->saved_data["padding_idx"].toInt();
+    const auto saved_padding_idx = ctx->saved_data.find("padding_idx");
+    const int64_t padding_idx = saved_padding_idx == ctx->saved_data.end() ? -1 : saved_padding_idx->second.toInt();
     // The common case spares itself the dispatcher.
     Tensor grad_weight = needs_graph(grad_output) || is_traced(grad_output, indices)
                              ? call_embedding_backward(grad_output, indices, std::move(num_embeddings), padding_idx)

@@ -1,7 +1,6 @@
 #include "common.h"
 
 #include <algorithm>
-#include <atomic>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -84,35 +83,40 @@ FeStatus check_arguments(const FeBackwardArgs* args, bool running, const FeCpuCo
   return FE_OK;
 }
 
-FeStatus check_indices(const Indices& indices, int64_t num_rows, const FeTable* tables, int64_t num_tables,
-                       const FeCpuContext& context) {
-  std::atomic<bool> found{false};
-  const int64_t num_tiles = divide_up(num_rows, kTile);
-  const int64_t tiles_per_grain =
-      std::max<int64_t>(1, kGrainBytes / (kTile * int64_t{sizeof(int64_t)} * std::max<int64_t>(num_tables, 1)));
-  parallel_for(context, 0, num_tiles, tiles_per_grain, [&](int64_t first_tile, int64_t last_tile) {
-    int64_t tile[kTile];
-    for (int64_t i = first_tile; i < last_tile && !found.load(std::memory_order_relaxed); ++i) {
-      const int64_t count = std::min(kTile, num_rows - i * kTile);
+void check_indices(const Indices& indices, int64_t num_rows, const FeTable* tables, int64_t num_tables,
+                   Team::Member& member, std::atomic<bool>* found) {
+  const RowKernels& kernels = row_kernels();
+  const int64_t row_bytes = num_tables * static_cast<int64_t>(sizeof(int64_t));
+  const int64_t grain = task_items(num_rows, row_bytes, member.team_size());
+  const auto check = [&](int64_t begin, int64_t end) {
+    // Tables side by side share cache lines of indices: a tile of rows through all of them.
+    const int64_t tile_rows = num_tables == 1 ? end - begin : kTile;
+    for (int64_t row = begin; row < end; row += tile_rows) {
+      const int64_t count = std::min(tile_rows, end - row);
       for (int64_t t = 0; t < num_tables; ++t) {
-        indices.read(i * kTile, count, t, tile);
-        // The sign of index or of V - 1 - index is set where one is out of range. Sums of signs vectorise on every CPU;
-        // 64-bit comparisons do not.
-        const uint64_t last = static_cast<uint64_t>(tables[t].num_embeddings) - 1;
-        uint64_t signs = 0;
-        for (int64_t k = 0; k < count; ++k)
-          signs |= static_cast<uint64_t>(tile[k]) | (last - static_cast<uint64_t>(tile[k]));
-        if (static_cast<int64_t>(signs) < 0) found.store(true, std::memory_order_relaxed);
+        if (!indices.in_range(row, count, t, tables[t].num_embeddings, kernels)) {
+          found->store(true, std::memory_order_relaxed);
+          return;
+        }
       }
     }
-  });
-  if (!found.load()) return FE_OK;
+  };
+  // Few indices are looked at sooner by every member than by one while the others wait.
+  if (num_rows <= grain) {
+    check(0, num_rows);
+  } else {
+    member.for_ranges(num_rows, grain, check);
+  }
+}
+
+FeStatus report_index(const Indices& indices, int64_t num_rows, const FeTable* tables, int64_t num_tables,
+                      FeIndexError* error) {
   // Which thread saw one first is a matter of chance; a second, serial look makes the answer the same every time.
   for (int64_t b = 0; b < num_rows; ++b) {
     for (int64_t t = 0; t < num_tables; ++t) {
       const int64_t index = indices.at(b, t);
       if (index < 0 || index >= tables[t].num_embeddings) {
-        *context.index_error = {index, b, t, tables[t].num_embeddings};
+        *error = {index, b, t, tables[t].num_embeddings};
         return FE_INDEX_OUT_OF_RANGE;
       }
     }

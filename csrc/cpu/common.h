@@ -1,24 +1,44 @@
-// What the forward and the backward share: index access, argument checks, parallel loops.
+// What the forward and the backward share: index access, argument checks, sizes of tasks.
 //
 // Nothing here allocates or throws, and there is no global state: any number of threads may call at once.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 
 #include "fast_embedding.h"
+#include "row_kernels.h"
+#include "team.h"
 
 namespace fast_embedding::cpu {
 
 // Indices are widened to int64 this many at a time: 2 KB, so that they are still in L1 when they are used.
 constexpr int64_t kTile = 256;
 
-// Below this many bytes of traffic a second thread costs more to wake than it saves (2-5 us).
-constexpr int64_t kGrainBytes = 128 << 10;
+// A second thread costs 2-5 us to wake: each is to have this many bytes to read and write at least, 5-10 us.
+constexpr int64_t kThreadBytes = 256 << 10;
+// Tasks of a phase: small enough to share out evenly, large enough for the counter not to matter, and up to a huge page
+// where there is much to do, so that two threads seldom wait for the same page.
+constexpr int64_t kMinTaskBytes = 32 << 10;
+constexpr int64_t kMaxTaskBytes = 2 << 20;
+constexpr int64_t kTasksPerThread = 8;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t multiple) { return divide_up(a, multiple) * multiple; }
+
+// How many threads are worth their waking for this much traffic.
+inline int64_t threads_for(int64_t bytes) { return bytes / kThreadBytes; }
+
+// How many items of `item_bytes` make a task, of `count` that `threads` share.
+inline int64_t task_items(int64_t count, int64_t item_bytes, int64_t threads) {
+  if (threads <= 1) return std::max<int64_t>(count, 1);
+  item_bytes = std::max<int64_t>(item_bytes, 1);
+  const int64_t even = divide_up(count, threads * kTasksPerThread);
+  return std::max<int64_t>(std::clamp(even, divide_up(kMinTaskBytes, item_bytes), divide_up(kMaxTaskBytes, item_bytes)),
+                           1);
+}
 
 inline int64_t scalar_bytes(FeScalarType type) {
   switch (type) {
@@ -31,20 +51,6 @@ inline int64_t scalar_bytes(FeScalarType type) {
       return 2;
   }
   return 0;
-}
-
-// task(begin, end) over [begin, end), on the caller's thread where the work is below one grain.
-template <typename Task>
-void parallel_for(const FeCpuContext& context, int64_t begin, int64_t end, int64_t grain, const Task& task) {
-  if (begin >= end) return;
-  if (context.num_threads <= 1 || end - begin <= grain) {
-    task(begin, end);
-    return;
-  }
-  context.parallel_for(
-      begin, end, grain,
-      [](int64_t first, int64_t last, void* closure) { (*static_cast<const Task*>(closure))(first, last); },
-      const_cast<Task*>(std::addressof(task)));
 }
 
 // The [num_rows, num_tables] indices of a lookup, int32 or int64, any strides.
@@ -66,6 +72,15 @@ class Indices {
   void read(int64_t row, int64_t count, int64_t table, int64_t* tile) const {
     const int64_t offset = row * row_stride_ + table * table_stride_;
     is_int32_ ? read_as<int32_t>(offset, count, tile) : read_as<int64_t>(offset, count, tile);
+  }
+
+  // Whether the indices of rows [row, row + count) in `table` are all in [0, num_embeddings).
+  bool in_range(int64_t row, int64_t count, int64_t table, int64_t num_embeddings, const RowKernels& kernels) const {
+    const int64_t offset = row * row_stride_ + table * table_stride_;
+    return is_int32_
+               ? kernels.int32_in_range(static_cast<const int32_t*>(data_) + offset, row_stride_, count, num_embeddings)
+               : kernels.int64_in_range(static_cast<const int64_t*>(data_) + offset, row_stride_, count,
+                                        num_embeddings);
   }
 
  private:
@@ -103,8 +118,12 @@ void expect_whole_write(void* begin, int64_t bytes);
 FeStatus check_arguments(const FeForwardArgs* args, bool running, const FeCpuContext* context);
 FeStatus check_arguments(const FeBackwardArgs* args, bool running, const FeCpuContext* context);
 
-// FE_OK, or FE_INDEX_OUT_OF_RANGE with the first bad index in row-major order in *context.index_error.
-FeStatus check_indices(const Indices& indices, int64_t num_rows, const FeTable* tables, int64_t num_tables,
-                       const FeCpuContext& context);
+// A step of a team's program: sets *found where an index is out of range, before any member returns.
+void check_indices(const Indices& indices, int64_t num_rows, const FeTable* tables, int64_t num_tables,
+                   Team::Member& member, std::atomic<bool>* found);
+
+// FE_INDEX_OUT_OF_RANGE with the first bad index in row-major order, for indices among which one was found.
+FeStatus report_index(const Indices& indices, int64_t num_rows, const FeTable* tables, int64_t num_tables,
+                      FeIndexError* error);
 
 }  // namespace fast_embedding::cpu

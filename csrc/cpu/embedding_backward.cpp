@@ -38,7 +38,7 @@ constexpr int64_t kPrivateBytes = 1 << 20;
 constexpr int64_t kPrivateElementsPerIndex = 32;
 // A copy of the tables is zeroed and read back once for this many gradients of its size.
 constexpr int64_t kPrivateReuse = 32;
-constexpr int64_t kPrivateMinReuse = 4;
+constexpr int64_t kPrivateMinReuse = 8;
 constexpr int64_t kPrivateMinBlocks = 4;
 constexpr int64_t kPrivateMaxBlocks = 64;
 constexpr int64_t kPrivateBlockElements = 16 << 10;
@@ -90,7 +90,10 @@ class Backward {
   using acc_t = accumulator_t<scalar_t>;
 
   explicit Backward(const FeBackwardArgs& args) : args_(args), indices_(args) {
-    for (int64_t t = 0; t < args.num_tables; ++t) total_columns_ += args.tables[t].embedding_dim;
+    for (int64_t t = 0; t < args.num_tables; ++t) {
+      total_columns_ += args.tables[t].embedding_dim;
+      total_numel_ += numel_of(args.tables[t]);
+    }
   }
 
   // FE_UNSUPPORTED where row and position do not fit a key together.
@@ -112,25 +115,40 @@ class Backward {
     return status;
   }
 
-  void run(void* workspace, const FeCpuContext& context) const {
-    zero_holes(static_cast<int64_t*>(workspace));
+  // The program of a team. Sets *bad_index where an index is out of range, and writes nothing then.
+  void run(void* workspace, Team::Member& member, std::atomic<bool>* bad_index) const {
+    check_indices(indices_, args_.num_rows, args_.tables, args_.num_tables, member, bad_index);
+    if (bad_index->load(std::memory_order_relaxed)) return;
+    if (total_numel_ < args_.grad_weight_numel) {
+      member.once([&] { zero_holes(static_cast<int64_t*>(workspace)); });
+    }
     for_each_group([&](const Group& group) {
       switch (group.strategy) {
         case Strategy::kInPlace:
-          run_in_place(group, context);
+          run_in_place(group, member);
           break;
         case Strategy::kPrivate:
-          run_private(group, workspace, context);
+          if (may_add_in_place(member) && plan_private(group).copies == 1) {
+            run_in_place(group, member);
+          } else {
+            run_private(group, workspace, member);
+          }
           break;
         case Strategy::kSorted:
-          if (may_add_in_place(context)) {
-            run_in_place(group, context);
+          if (may_add_in_place(member)) {
+            run_in_place(group, member);
           } else {
-            run_sorted(group, workspace, context);
+            run_sorted(group, workspace, member);
           }
           break;
       }
     });
+  }
+
+  // What is read and written at least.
+  int64_t traffic_bytes() const {
+    return args_.num_rows * args_.num_tables * static_cast<int64_t>(sizeof(int64_t)) +
+           (args_.num_rows * total_columns_ + args_.grad_weight_numel) * static_cast<int64_t>(sizeof(scalar_t));
   }
 
  private:
@@ -254,19 +272,20 @@ class Backward {
 
   // One thread alone reads the gradient in its order and needs no sorted list: 1.0-2.1 times as fast at every shape
   // measured. Its sums differ in their last bits, so not where the bits must be the same at every thread count.
-  bool may_add_in_place(const FeCpuContext& context) const {
-    return sizeof(acc_t) == sizeof(scalar_t) && context.num_threads <= 1 && args_.deterministic == 0;
+  bool may_add_in_place(const Team::Member& member) const {
+    return sizeof(acc_t) == sizeof(scalar_t) && member.team_size() == 1 && args_.deterministic == 0;
   }
 
-  void run_in_place(const Group& group, const FeCpuContext& context) const {
+  void run_in_place(const Group& group, Team::Member& member) const {
     int64_t column = group.first_column;
     for (int64_t t = group.first_table; t < group.last_table; ++t) {
       const FeTable& table = args_.tables[t];
       scalar_t* target = grad_weight(table);
-      const int64_t grain = kGrainBytes / static_cast<int64_t>(sizeof(scalar_t));
-      parallel_for(context, 0, numel_of(table), grain,
-                   [&](int64_t begin, int64_t end) { zero(target + begin, end - begin); });
-      if constexpr (std::is_same_v<scalar_t, acc_t>) accumulate(table, t, column, 0, args_.num_rows, target, 1, 0);
+      member.for_ranges(numel_of(table), task_items(numel_of(table), sizeof(scalar_t), member.team_size()),
+                        [&](int64_t begin, int64_t end) { zero(target + begin, end - begin); });
+      if constexpr (std::is_same_v<scalar_t, acc_t>) {
+        member.once([&] { accumulate(table, t, column, 0, args_.num_rows, target, 1, 0); });
+      }
       column += table.embedding_dim;
     }
   }
@@ -288,15 +307,19 @@ class Backward {
 
   // ---- Private ---------------------------------------------------------------------------------------------------
 
-  void run_private(const Group& group, void* workspace, const FeCpuContext& context) const {
-    const PrivatePlan plan = plan_private(group);
+  void run_private(const Group& group, void* workspace, Team::Member& member) const {
+    PrivatePlan plan = plan_private(group);
+    if (member.team_size() == 1 && args_.deterministic == 0) {
+      plan.num_blocks = 1;
+      plan.block_rows = args_.num_rows;
+    }
     auto* sums = static_cast<acc_t*>(workspace);
-    parallel_for(context, 0, plan.num_blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) sum_block(group, plan, block, sums + block * plan.block_stride);
-    });
+    member.for_each(plan.num_blocks,
+                    [&](int64_t block) { sum_block(group, plan, block, sums + block * plan.block_stride); });
     // Element i of the packed tables is the sum of the copies' element i.
-    const int64_t grain = std::max<int64_t>(1, kGrainBytes / (plan.num_blocks * static_cast<int64_t>(sizeof(acc_t))));
-    parallel_for(context, 0, group.numel, grain, [&](int64_t begin, int64_t end) {
+    const int64_t grain =
+        task_items(group.numel, plan.num_blocks * static_cast<int64_t>(sizeof(acc_t)), member.team_size());
+    member.for_ranges(group.numel, grain, [&](int64_t begin, int64_t end) {
       int64_t table_begin = 0;
       for (int64_t t = group.first_table; t < group.last_table; ++t) {
         const FeTable& table = args_.tables[t];
@@ -334,10 +357,19 @@ class Backward {
 
   // ---- Sorted ----------------------------------------------------------------------------------------------------
 
+  // Where each segment of the merged list begins.
+  struct Segments {
+    Segments(const SortedPlan& plan, const FeTable& table, const Partition& partition)
+        : length(*partition.count + table.num_embeddings), segment_length(divide_up(length, plan.num_segments)) {}
+    int64_t begin(int64_t segment) const { return std::min(segment * segment_length, length); }
+    int64_t length;
+    int64_t segment_length;
+  };
+
   // The merged list has for each row its keys and then the row's end. Key j of row r stands at j + r: before it are j
   // keys and the ends of r rows. Returns how many keys are among the first `length` of the list; the others are ends.
   static int64_t keys_before(const PartitionPlan& plan, const Partition& partition, int64_t length) {
-    int64_t low = 0, high = std::min(partition.count, length);
+    int64_t low = 0, high = std::min(*partition.count, length);
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
       if (middle + plan.row_of(partition.keys[middle]) < length) {
@@ -349,32 +381,27 @@ class Backward {
     return low;
   }
 
-  void run_sorted(const Group& group, void* workspace, const FeCpuContext& context) const {
+  void run_sorted(const Group& group, void* workspace, Team::Member& member) const {
     const FeTable& table = args_.tables[group.first_table];
     const SortedPlan plan = plan_sorted(group);
     const SortedWorkspace space(plan, group.columns, static_cast<char*>(workspace));
     const Partition partition =
-        partition_by_row(plan.partition, indices_, group.first_table, table.padding_idx, space.partition, context);
-    const int64_t length = partition.count + table.num_embeddings;
-    const int64_t segment_length = divide_up(length, plan.num_segments);
-    const auto boundary = [&](int64_t segment) { return std::min(segment * segment_length, length); };
-    parallel_for(context, 0, plan.num_segments, 1, [&](int64_t begin, int64_t end) {
-      space.starts[begin] = keys_before(plan.partition, partition, boundary(begin));
-      int64_t first_key = space.starts[begin];
-      for (int64_t s = begin; s < end; ++s) {
-        const int64_t last_key = keys_before(plan.partition, partition, boundary(s + 1));
-        sum_segment(group, plan, space, partition, s, boundary(s) - first_key, first_key, boundary(s + 1) - last_key,
-                    last_key);
-        first_key = last_key;
-        // The start of another range's first segment is that range's to write.
-        if (s + 1 < end || s + 1 == plan.num_segments) space.starts[s + 1] = last_key;
-      }
+        partition_by_row(plan.partition, indices_, group.first_table, table.padding_idx, space.partition, member);
+    member.for_each(plan.num_segments, [&](int64_t segment) {
+      const Segments segments(plan, table, partition);
+      const int64_t begin = segments.begin(segment), end = segments.begin(segment + 1);
+      const int64_t first_key = keys_before(plan.partition, partition, begin);
+      const int64_t last_key = keys_before(plan.partition, partition, end);
+      space.starts[segment] = first_key;
+      if (segment + 1 == plan.num_segments) space.starts[segment + 1] = last_key;
+      sum_segment(group, plan, space, partition, segment, begin - first_key, first_key, end - last_key, last_key);
     });
     if (plan.num_segments == 1) return;
-    parallel_for(context, 1, plan.num_segments, kSegmentElements / std::max<int64_t>(group.columns, 1) + 1,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t s = begin; s < end; ++s) finish_run(group, plan, space, partition, s, boundary);
-                 });
+    const int64_t dim_bytes = group.columns * static_cast<int64_t>(sizeof(acc_t));
+    member.for_ranges(plan.num_segments - 1, task_items(plan.num_segments - 1, 2 * dim_bytes, member.team_size()),
+                      [&](int64_t begin, int64_t end) {
+                        for (int64_t s = begin; s < end; ++s) finish_run(group, plan, space, partition, s + 1);
+                      });
   }
 
   // Keys [first_key, last_key) and the ends of the rows [first_row, last_row).
@@ -395,7 +422,7 @@ class Backward {
 
     int64_t row = first_row;  // whose end is the next to write
     int64_t key = first_key;
-    if (key > 0 && key <= partition.count && keys_plan.row_of(keys[key - 1]) == row) {
+    if (key > 0 && keys_plan.row_of(keys[key - 1]) == row) {
       const int64_t run = run_length(keys_plan, partition, key, last_key, row);
       if (run > 0) sum(head, key, run);
       key += run;
@@ -427,21 +454,21 @@ class Backward {
   }
 
   // Adds up and writes the run that began before `segment` and whose row ends in it.
-  template <typename Boundary>
   void finish_run(const Group& group, const SortedPlan& plan, const SortedWorkspace& space, const Partition& partition,
-                  int64_t segment, const Boundary& boundary) const {
+                  int64_t segment) const {
     const PartitionPlan& keys_plan = plan.partition;
+    const FeTable& table = args_.tables[group.first_table];
+    const Segments segments(plan, table, partition);
     const int64_t first_key = space.starts[segment];
-    const int64_t row = boundary(segment) - first_key;
-    const int64_t end_row = boundary(segment + 1) - space.starts[segment + 1];
+    const int64_t row = segments.begin(segment) - first_key;
+    const int64_t end_row = segments.begin(segment + 1) - space.starts[segment + 1];
     if (first_key == 0 || keys_plan.row_of(partition.keys[first_key - 1]) != row || end_row == row) return;
     int64_t begin = segment - 1;
-    while (space.starts[begin] > 0 && boundary(begin) - space.starts[begin] == row &&
+    while (space.starts[begin] > 0 && segments.begin(begin) - space.starts[begin] == row &&
            keys_plan.row_of(partition.keys[space.starts[begin] - 1]) == row) {
       --begin;
     }
-    const bool has_head = first_key < partition.count && keys_plan.row_of(partition.keys[first_key]) == row;
-    const FeTable& table = args_.tables[group.first_table];
+    const bool has_head = first_key < *partition.count && keys_plan.row_of(partition.keys[first_key]) == row;
     const int64_t dim = table.embedding_dim;
     const auto kernels = grad_kernels(row_kernels_, dim, scalar_t{});
     kernels.combine(grad_weight(table) + row * dim, space.tails + begin * dim, space.heads + (begin + 1) * dim, dim,
@@ -452,6 +479,7 @@ class Backward {
   Indices indices_;
   const RowKernels& row_kernels_ = row_kernels();
   int64_t total_columns_ = 0;
+  int64_t total_numel_ = 0;  // less than grad_weight_numel where there are holes
 };
 
 template <typename scalar_t>
@@ -466,10 +494,13 @@ FeStatus run_backward(const FeBackwardArgs& args, void* workspace, size_t* works
     return FE_OK;
   }
   if (*workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;
-  status = check_indices(Indices(args), args.num_rows, args.tables, args.num_tables, *context);
-  if (status != FE_OK) return status;
   expect_whole_write(args.grad_weight, args.grad_weight_numel * static_cast<int64_t>(sizeof(scalar_t)));
-  backward.run(workspace, *context);
+  std::atomic<bool> bad_index{false};
+  Team::run(*context, threads_for(backward.traffic_bytes()),
+            [&](Team::Member& member) { backward.run(workspace, member, &bad_index); });
+  if (bad_index.load()) {
+    return report_index(Indices(args), args.num_rows, args.tables, args.num_tables, context->index_error);
+  }
   return FE_OK;
 }
 

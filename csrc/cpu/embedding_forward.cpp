@@ -58,17 +58,19 @@ FeStatus fe_cpu_embedding_forward(const FeForwardArgs* args, void* workspace, si
     return FE_OK;
   }
   const Indices indices(*args);
-  status = check_indices(indices, args->num_rows, args->tables, args->num_tables, *context);
-  if (status != FE_OK) return status;
   int64_t columns = 0;
   for (int64_t t = 0; t < args->num_tables; ++t) columns += args->tables[t].embedding_dim;
-  if (columns == 0) return FE_OK;
+  const int64_t row_bytes = columns * scalar_bytes(args->scalar_type);
   const RowKernels& kernels = row_kernels();
-  if (args->output_stride == columns) {
-    expect_whole_write(args->output, args->num_rows * columns * scalar_bytes(args->scalar_type));
-  }
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / (columns * scalar_bytes(args->scalar_type)));
-  parallel_for(*context, 0, args->num_rows, grain,
-               [&](int64_t begin, int64_t end) { gather_rows(*args, indices, kernels, columns, begin, end); });
+  if (args->output_stride == columns) expect_whole_write(args->output, args->num_rows * row_bytes);
+  std::atomic<bool> found{false};
+  const int64_t index_bytes = args->num_tables * static_cast<int64_t>(sizeof(int64_t));
+  Team::run(*context, threads_for(args->num_rows * (2 * row_bytes + index_bytes)), [&](Team::Member& member) {
+    check_indices(indices, args->num_rows, args->tables, args->num_tables, member, &found);
+    if (found.load(std::memory_order_relaxed) || columns == 0) return;
+    member.for_ranges(args->num_rows, task_items(args->num_rows, row_bytes, member.team_size()),
+                      [&](int64_t begin, int64_t end) { gather_rows(*args, indices, kernels, columns, begin, end); });
+  });
+  if (found.load()) return report_index(indices, args->num_rows, args->tables, args->num_tables, context->index_error);
   return FE_OK;
 }

@@ -11,9 +11,8 @@ constexpr int kMaxDigitBits = 11;
 constexpr int kFewKeysDigitBits = 8;
 constexpr int64_t kFewKeys = 4096;
 
-// Positions a block at least, and blocks at most: 64 keep as many cores busy with 1 MB of counters.
+// Positions a block at least.
 constexpr int64_t kMinBlockRows = 16 << 10;
-constexpr int64_t kMaxBlocks = 64;
 
 int bits_for(int64_t count) {
   return count <= 1 ? 0 : 64 - __builtin_clzll(static_cast<unsigned long long>(count - 1));
@@ -33,27 +32,20 @@ int64_t place_blocks(uint64_t* counts, int64_t num_blocks, int64_t num_digits) {
   return static_cast<int64_t>(place);
 }
 
-// for_each_key(block, visit) calls visit(key) for the keys of a block in order; it is called twice.
-template <typename ForEachKey>
-int64_t radix_pass(const PartitionPlan& plan, int shift, uint64_t* counts, uint64_t* output,
-                   const FeCpuContext& context, const ForEachKey& for_each_key) {
-  const int64_t num_digits = plan.num_digits();
-  const auto digit_mask = static_cast<uint64_t>(num_digits - 1);
-  parallel_for(context, 0, plan.num_blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      uint64_t* count = counts + block * num_digits;
-      std::fill(count, count + num_digits, uint64_t{0});
-      for_each_key(block, [&](uint64_t key) { ++count[(key >> shift) & digit_mask]; });
+// visit(key) for the keys of a block in the order of their positions; the padding row's lookups are left out.
+template <typename Visit>
+void for_each_index(const PartitionPlan& plan, const Indices& indices, int64_t table, int64_t padding_idx,
+                    int64_t block, const Visit& visit) {
+  int64_t tile[kTile];
+  const int64_t end = std::min((block + 1) * plan.block_rows, plan.num_rows);
+  for (int64_t row = block * plan.block_rows; row < end; row += kTile) {
+    const int64_t tile_rows = std::min(kTile, end - row);
+    indices.read(row, tile_rows, table, tile);
+    for (int64_t i = 0; i < tile_rows; ++i) {
+      if (tile[i] == padding_idx) continue;
+      visit(static_cast<uint64_t>(tile[i]) << plan.position_bits | static_cast<uint64_t>(row + i));
     }
-  });
-  const int64_t num_keys = place_blocks(counts, plan.num_blocks, num_digits);
-  parallel_for(context, 0, plan.num_blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      uint64_t* place = counts + block * num_digits;
-      for_each_key(block, [&](uint64_t key) { output[place[(key >> shift) & digit_mask]++] = key; });
-    }
-  });
-  return num_keys;
+  }
 }
 
 }  // namespace
@@ -67,44 +59,77 @@ PartitionPlan plan_partition(int64_t num_rows, int64_t num_embeddings) {
   const int max_digit_bits = num_rows < kFewKeys ? kFewKeysDigitBits : kMaxDigitBits;
   plan.num_passes = static_cast<int>(divide_up(row_bits, max_digit_bits));
   plan.digit_bits = static_cast<int>(divide_up(row_bits, plan.num_passes));
-  plan.num_blocks = std::clamp<int64_t>(num_rows / kMinBlockRows, 1, kMaxBlocks);
+  plan.num_blocks = std::clamp<int64_t>(num_rows / kMinBlockRows, 1, kMaxPartitionBlocks);
   plan.block_rows = divide_up(num_rows, plan.num_blocks);
   plan.keys_capacity = num_rows + kPrefetchRows;
   return plan;
 }
 
 Partition partition_by_row(const PartitionPlan& plan, const Indices& indices, int64_t table, int64_t padding_idx,
-                           void* workspace, const FeCpuContext& context) {
-  auto* counts = static_cast<uint64_t*>(workspace);
-  uint64_t* keys = counts + plan.num_blocks * plan.num_digits();
-  uint64_t* other_keys = keys + plan.keys_capacity;  // exists where there is more than one pass
+                           void* workspace, Team::Member& member) {
+  auto* state = static_cast<PartitionState*>(workspace);
+  auto* counts = reinterpret_cast<uint64_t*>(state + 1);
+  uint64_t* buffers[2];  // the second exists where there is more than one pass
+  buffers[0] = counts + plan.num_blocks * plan.num_digits();
+  buffers[1] = buffers[0] + plan.keys_capacity;
+  uint64_t* const result = buffers[(plan.num_passes - 1) % 2];
+  const int64_t num_digits = plan.num_digits();
+  const auto digit_mask = static_cast<uint64_t>(num_digits - 1);
 
-  // The first pass reads the indices themselves and leaves the padding row's out.
-  const int64_t count =
-      radix_pass(plan, plan.position_bits, counts, keys, context, [&](int64_t block, const auto& visit) {
-        int64_t tile[kTile];
-        const int64_t block_end = std::min((block + 1) * plan.block_rows, plan.num_rows);
-        for (int64_t row = block * plan.block_rows; row < block_end; row += kTile) {
-          const int64_t tile_rows = std::min(kTile, block_end - row);
-          indices.read(row, tile_rows, table, tile);
-          for (int64_t i = 0; i < tile_rows; ++i) {
-            if (tile[i] == padding_idx) continue;
-            visit(static_cast<uint64_t>(tile[i]) << plan.position_bits | static_cast<uint64_t>(row + i));
-          }
-        }
-      });
-
-  const int64_t block_keys = divide_up(count, plan.num_blocks);
-  for (int pass = 1; pass < plan.num_passes; ++pass) {
+  for (int pass = 0; pass < plan.num_passes; ++pass) {
     const int shift = plan.position_bits + pass * plan.digit_bits;
-    radix_pass(plan, shift, counts, other_keys, context, [&](int64_t block, const auto& visit) {
-      const int64_t block_end = std::min((block + 1) * block_keys, count);
-      for (int64_t i = block * block_keys; i < block_end; ++i) visit(keys[i]);
+    const uint64_t* const input = buffers[(pass + 1) % 2];
+    uint64_t* const output = buffers[pass % 2];
+    // The first pass reads the indices themselves.
+    const auto for_each_key = [&](int64_t block, const auto& visit) {
+      if (pass == 0) {
+        for_each_index(plan, indices, table, padding_idx, block, visit);
+      } else {
+        const int64_t block_keys = divide_up(state->num_keys, plan.num_blocks);
+        const int64_t block_end = std::min((block + 1) * block_keys, state->num_keys);
+        for (int64_t i = block * block_keys; i < block_end; ++i) visit(input[i]);
+      }
+    };
+    member.for_each(plan.num_blocks, [&](int64_t block) {
+      if (pass > 0 && state->sorted) return;
+      uint64_t* count = counts + block * num_digits;
+      std::fill(count, count + num_digits, uint64_t{0});
+      if (pass > 0) {
+        for_each_key(block, [&](uint64_t key) { ++count[(key >> shift) & digit_mask]; });
+        return;
+      }
+      const int64_t begin = block * plan.block_rows;
+      uint64_t last = begin == 0 ? 0 : static_cast<uint64_t>(indices.at(begin - 1, table)) << plan.position_bits;
+      bool ascending = true;
+      for_each_key(block, [&](uint64_t key) {
+        ++count[(key >> shift) & digit_mask];
+        ascending &= last <= key;
+        last = key;
+      });
+      state->ascending[block] = ascending;
     });
-    std::swap(keys, other_keys);
+    member.once([&] {
+      if (pass > 0 && state->sorted) return;
+      state->num_keys = place_blocks(counts, plan.num_blocks, num_digits);
+      if (pass == 0) {
+        // With all keys there, a key's place is its position.
+        state->sorted = state->num_keys == plan.num_rows &&
+                        std::all_of(state->ascending, state->ascending + plan.num_blocks, [](bool it) { return it; });
+      }
+      std::fill(result + state->num_keys, result + state->num_keys + kPrefetchRows, uint64_t{0});
+    });
+    member.for_each(plan.num_blocks, [&](int64_t block) {
+      if (state->sorted) {
+        if (pass > 0) return;
+        uint64_t* place = result + block * plan.block_rows;
+        for_each_key(block, [&](uint64_t key) { *place++ = key; });
+        return;
+      }
+      uint64_t* place = counts + block * num_digits;
+      for_each_key(block, [&](uint64_t key) { output[place[(key >> shift) & digit_mask]++] = key; });
+    });
   }
-  std::fill(keys + count, keys + count + kPrefetchRows, count > 0 ? keys[count - 1] : 0);
-  return {keys, count};
+  return {result, &state->num_keys};
 }
 
 }  // namespace fast_embedding::cpu

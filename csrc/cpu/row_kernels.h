@@ -54,6 +54,9 @@ struct GradKernels {
 };
 
 struct RowKernels {
+  // Whether indices[i * stride] is in [0, num_embeddings) for all i < count.
+  bool (*int32_in_range)(const int32_t* indices, int64_t stride, int64_t count, int64_t num_embeddings);
+  bool (*int64_in_range)(const int64_t* indices, int64_t stride, int64_t count, int64_t num_embeddings);
   GatherFn (*gather)(int64_t row_bytes);
   GradKernels<float> (*grad_float32)(int64_t dim);
   GradKernels<double> (*grad_float64)(int64_t dim);
