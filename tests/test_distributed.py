@@ -18,6 +18,22 @@ if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
 from distributed_cases import CASES  # noqa: E402
 
 
+# What gloo's processes of torch 2.13 sometimes die of as they end, their work done: 2 of 14 runs of plain DDP in four
+# processes, with nothing of ours in them. Such a run proves nothing and is repeated.
+TORCHS_ABORT = "terminate called without an active exception"
+
+
+def torchrun(arguments, **options):
+    """The run's standard output; AssertionError with its errors if it failed."""
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    for _ in range(5):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+        if result.returncode == 0 or TORCHS_ABORT not in result.stderr:
+            break
+    assert result.returncode == 0, result.stderr[-5000:]
+    return result.stdout
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """(device type, number of ranks) -> per case what every rank said; started once for all cases."""
@@ -26,10 +42,8 @@ def outcomes(tmp_path_factory):
     def run(device_type, ranks):
         if (device_type, ranks) not in known:
             folder = tmp_path_factory.mktemp(f"{device_type}{ranks}")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            command += [str(Path(__file__).with_name("distributed_cases.py")), device_type, str(folder)]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            assert result.returncode == 0, result.stderr[-5000:]
+            script = Path(__file__).with_name("distributed_cases.py")
+            torchrun(["--standalone", f"--nproc-per-node={ranks}", str(script), device_type, str(folder)])
             by_rank = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
             known[device_type, ranks] = {case: [outcome[case] for outcome in by_rank] for case in CASES}
         return known[device_type, ranks]
@@ -58,14 +72,10 @@ COMMANDS = (
 def test_the_commands_of_the_docs_run(command):
     """As written, but with this Python's torchrun, on the CPU."""
     _, *arguments = shlex.split(command)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *arguments],
+    output = torchrun(
+        arguments,
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
-    assert result.returncode == 0, result.stderr[-5000:]
-    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", result.stdout))
-    assert last < 0.7 * first, result.stdout
+    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", output))
+    assert last < 0.7 * first, output
