@@ -17,7 +17,6 @@ if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
 
 from distributed_cases import CASES  # noqa: E402
 
-
 # What gloo's processes of torch 2.13 sometimes die of as they end, their work done: 2 of 14 runs of plain DDP in four
 # processes, with nothing of ours in them. Such a run proves nothing and is repeated.
 TORCHS_ABORT = "terminate called without an active exception"
