@@ -7,7 +7,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,35 +80,36 @@ def geometric_mean(values: Iterable[float | None]) -> float | None:
 
 def tables(result: Record) -> list[Table]:
     """All tables of one run: per section and dtype the times and what they mean, then the training runs."""
+    sections = {"lookup": ("One table", _lookup_columns), "multi": ("Many tables, concatenated", _multi_columns)}
     made = []
-    for section, title, describe in (
-        ("lookup", "One table", _lookup_columns),
-        ("multi", "Many tables, concatenated", _multi_columns),
-    ):
-        records = result[section]
-        for dtype in dict.fromkeys(record["dtype"] for record in records):
-            rows = [record for record in records if record["dtype"] == dtype]
-            made.append(_times(f"{title}, {dtype}: microseconds, median [p10 p90]", rows, describe))
-            made.append(_shares(f"{title}, {dtype}: speed", rows, describe))
-    if result["training"]:
-        made.append(_training(result["training"]))
-    return made
+    for title, rows, describe in _parts(result, sections):
+        made.append(_times(f"{title}: microseconds, median [p10 p90]", rows, describe))
+        made.append(_shares(f"{title}: speed", rows, describe))
+    return made + _training_tables(result)
 
 
 def summaries(result: Record) -> list[Table]:
     """What fits a terminal of 100 columns: a table per section and dtype, and the training runs."""
-    made = []
-    for section, title, describe in (
-        ("lookup", "One table", _short_lookup_columns),
-        ("multi", "Many tables", _short_multi_columns),
-    ):
+    sections = {"lookup": ("One table", _short_lookup_columns), "multi": ("Many tables", _short_multi_columns)}
+    made = [
+        _summary(f"{title}: ours, x = times as fast as {BASELINE}", rows, describe)
+        for title, rows, describe in _parts(result, sections)
+    ]
+    return made + _training_tables(result)
+
+
+def _parts(
+    result: Record, sections: Mapping[str, tuple[str, Describe]]
+) -> Iterator[tuple[str, Sequence[Record], Describe]]:
+    """Per section and dtype a title, the records, and how to describe one."""
+    for section, (title, describe) in sections.items():
         records = result[section]
         for dtype in dict.fromkeys(record["dtype"] for record in records):
-            rows = [record for record in records if record["dtype"] == dtype]
-            made.append(_summary(f"{title}, {dtype}: ours, x = times as fast as {BASELINE}", rows, describe))
-    if result["training"]:
-        made.append(_training(result["training"]))
-    return made
+            yield f"{title}, {dtype}", [record for record in records if record["dtype"] == dtype], describe
+
+
+def _training_tables(result: Record) -> list[Table]:
+    return [_training(result["training"])] if result["training"] else []
 
 
 def _summary(title: str, records: Sequence[Record], describe: Describe) -> Table:
@@ -128,8 +129,7 @@ def _summary(title: str, records: Sequence[Record], describe: Describe) -> Table
         if _has(records, OURS, pass_):
             columns[name] = partial(_number_cell, partial(_ratio_to, BASELINE, pass_), _factor)
             means.append(_factor(geometric_mean(ratio(record, pass_) for record in records)))
-    table = _table(title, records, describe, columns)
-    return Table(title, table.columns, [*table.rows, ("geometric mean", *[""] * (table.left - 1), *means)], table.left)
+    return _with_means(_table(title, records, describe, columns), means)
 
 
 def _short_lookup_columns(record: Record) -> dict[str, str]:
@@ -146,11 +146,7 @@ def _short_multi_columns(record: Record) -> dict[str, str]:
 
 
 def _lookup_columns(record: Record) -> dict[str, str]:
-    return {
-        "V x D": f"{record['num_embeddings']} x {record['embedding_dim']}",
-        "N": str(record["num_indices"]),
-        "indices": record["distribution"] + (f" ({record['note']})" if record["note"] else ""),
-    }
+    return _short_lookup_columns(record) | {"indices": _indices_cell(record)}
 
 
 def _multi_columns(record: Record) -> dict[str, str]:
@@ -158,8 +154,13 @@ def _multi_columns(record: Record) -> dict[str, str]:
         "tables": str(record["num_tables"]),
         "V x D each": f"{span(record['num_embeddings'])} x {span(record['embedding_dims'])}",
         "rows": str(record["num_rows"]),
-        "indices": record["distribution"] + (f" ({record['note']})" if record["note"] else ""),
+        "indices": _indices_cell(record),
     }
+
+
+def _indices_cell(record: Record) -> str:
+    note = f" ({record['note']})" if record["note"] else ""
+    return f"{record['distribution']}{note}"
 
 
 def _times(title: str, records: Sequence[Record], describe: Describe) -> Table:
@@ -201,7 +202,12 @@ def _shares(title: str, records: Sequence[Record], describe: Describe) -> Table:
 
     table = _table(title, records, describe, columns)
     means = [text(geometric_mean(map(cell, records))) for cell, text in numbers.values()]
-    blanks = [""] * (len(columns) - len(means))
+    return _with_means(table, means)
+
+
+def _with_means(table: Table, means: Sequence[str]) -> Table:
+    """The table with a last row of geometric means, of its first columns of numbers."""
+    blanks = [""] * (len(table.columns) - table.left - len(means))
     last_row = ("geometric mean", *[""] * (table.left - 1), *means, *blanks)
     return Table(table.title, table.columns, [*table.rows, last_row], table.left)
 
