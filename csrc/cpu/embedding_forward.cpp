@@ -1,11 +1,13 @@
-// output[b] = [table_0[x[b, 0]], table_1[x[b, 1]], ...].
+// output[b] = [table_0[x[b, 0]], table_1[x[b, 1]], ...], or the sum of these rows in float32, rounded once.
 //
 // All indices are checked before the first store. Then each thread takes a range of rows, and in it a tile of rows at a
 // time through all tables, so that a line of the output that several narrow tables share is written while it is in L1.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common.h"
+#include "embedding_sum.h"
 #include "row_kernels.h"
 
 namespace fast_embedding::cpu {
@@ -43,34 +45,110 @@ void gather_rows(const FeForwardArgs& args, const Indices& indices, const RowKer
   }
 }
 
+// ---- Sums ----------------------------------------------------------------------------------------------------------
+
+// Row addresses worked out ahead: 16 KB, half of a usual L1. More tables than this are left to the caller.
+constexpr int64_t kMaxAddresses = 2048;
+// Columns of a 16-bit sum that are held in float32 at a time.
+constexpr int64_t kSumColumns = 512;
+
+// The rows of all tables are rows of the flat weight at element granularity, so that the sum of a run of sorted
+// gradients, which keeps the sum in registers and asks for rows ahead, is this sum too.
+template <typename scalar_t>
+void sum_rows(const FeForwardArgs& args, const Indices& indices, const RowKernels& row_kernels, int64_t begin,
+              int64_t end) {
+  using acc_t = accumulator_t<scalar_t>;
+  const int64_t dim = args.tables[0].embedding_dim;
+  const auto* weight = static_cast<const scalar_t*>(args.weight);
+  const int64_t tile_rows = std::min(kTile, kMaxAddresses / args.num_tables);
+  int64_t rows[kTile];
+  uint64_t addresses[kMaxAddresses + kPrefetchRows + 1] = {};
+  for (int64_t row = begin; row < end; row += tile_rows) {
+    const int64_t count = std::min(tile_rows, end - row);
+    for (int64_t t = 0; t < args.num_tables; ++t) {
+      const FeTable& table = args.tables[t];
+      indices.read(row, count, t, rows);
+      for (int64_t i = 0; i < count; ++i) {
+        addresses[i * args.num_tables + t] =
+            static_cast<uint64_t>(table.weight_offset + rows[i] * table.weight_stride);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const uint64_t* terms = addresses + i * args.num_tables;
+      scalar_t* output = static_cast<scalar_t*>(args.output) + (row + i) * args.output_stride;
+      if constexpr (std::is_same_v<scalar_t, acc_t>) {
+        grad_kernels(row_kernels, dim, scalar_t{}).sum_rows(output, weight, 1, terms, args.num_tables, ~uint64_t{0}, dim);
+      } else {
+        acc_t sum[kSumColumns];
+        for (int64_t column = 0; column < dim; column += kSumColumns) {
+          const int64_t width = std::min(kSumColumns, dim - column);
+          const auto kernels = grad_kernels(row_kernels, width, scalar_t{});
+          kernels.sum_rows(sum, weight + column, 1, terms, args.num_tables, ~uint64_t{0}, width);
+          kernels.combine(output + column, sum, nullptr, 0, 0, width);
+        }
+      }
+    }
+  }
+}
+
+void sum_rows_of(const FeForwardArgs& args, const Indices& indices, const RowKernels& kernels, int64_t begin,
+                 int64_t end) {
+  switch (args.scalar_type) {
+    case FE_FLOAT32:
+      return sum_rows<float>(args, indices, kernels, begin, end);
+    case FE_FLOAT64:
+      return sum_rows<double>(args, indices, kernels, begin, end);
+    case FE_FLOAT16:
+      return sum_rows<Float16>(args, indices, kernels, begin, end);
+    case FE_BFLOAT16:
+      return sum_rows<BFloat16>(args, indices, kernels, begin, end);
+  }
+}
+
+FeStatus forward_of(const FeForwardArgs* args, Combination combination, void* workspace, size_t* workspace_bytes,
+                    const FeCpuContext* context) {
+  if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
+  const bool running = workspace != nullptr;
+  const FeStatus status = check_arguments(args, combination, running, context);
+  if (status != FE_OK) return status;
+  const bool sums = combination == Combination::kSum;
+  if (sums && args->num_tables > kMaxAddresses) return FE_UNSUPPORTED;
+  if (!running) {
+    *workspace_bytes = 0;
+    return FE_OK;
+  }
+  const Indices indices(*args);
+  const int64_t columns = count_columns(args->tables, args->num_tables, combination);
+  const int64_t row_bytes = columns * scalar_bytes(args->scalar_type);
+  const int64_t read_bytes = sums ? args->num_tables * row_bytes : row_bytes;
+  const RowKernels& kernels = row_kernels();
+  if (args->output_stride == columns) expect_whole_write(args->output, args->num_rows * row_bytes);
+  std::atomic<bool> found{false};
+  const int64_t index_bytes = args->num_tables * static_cast<int64_t>(sizeof(int64_t));
+  Team::run(*context, threads_for(args->num_rows * (read_bytes + row_bytes + index_bytes)), [&](Team::Member& member) {
+    check_indices(indices, args->num_rows, args->tables, args->num_tables, member, &found);
+    if (found.load(std::memory_order_relaxed) || columns == 0) return;
+    member.for_ranges(args->num_rows, task_items(args->num_rows, read_bytes, member.team_size()),
+                      [&](int64_t begin, int64_t end) {
+                        sums ? sum_rows_of(*args, indices, kernels, begin, end)
+                             : gather_rows(*args, indices, kernels, columns, begin, end);
+                      });
+  });
+  if (found.load()) return report_index(indices, args->num_rows, args->tables, args->num_tables, context->index_error);
+  return FE_OK;
+}
+
 }  // namespace
 }  // namespace fast_embedding::cpu
 
 FeStatus fe_cpu_embedding_forward(const FeForwardArgs* args, void* workspace, size_t* workspace_bytes,
                                   const FeCpuContext* context) {
   using namespace fast_embedding::cpu;
-  if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
-  const bool running = workspace != nullptr;
-  FeStatus status = check_arguments(args, running, context);
-  if (status != FE_OK) return status;
-  if (!running) {
-    *workspace_bytes = 0;
-    return FE_OK;
-  }
-  const Indices indices(*args);
-  int64_t columns = 0;
-  for (int64_t t = 0; t < args->num_tables; ++t) columns += args->tables[t].embedding_dim;
-  const int64_t row_bytes = columns * scalar_bytes(args->scalar_type);
-  const RowKernels& kernels = row_kernels();
-  if (args->output_stride == columns) expect_whole_write(args->output, args->num_rows * row_bytes);
-  std::atomic<bool> found{false};
-  const int64_t index_bytes = args->num_tables * static_cast<int64_t>(sizeof(int64_t));
-  Team::run(*context, threads_for(args->num_rows * (2 * row_bytes + index_bytes)), [&](Team::Member& member) {
-    check_indices(indices, args->num_rows, args->tables, args->num_tables, member, &found);
-    if (found.load(std::memory_order_relaxed) || columns == 0) return;
-    member.for_ranges(args->num_rows, task_items(args->num_rows, row_bytes, member.team_size()),
-                      [&](int64_t begin, int64_t end) { gather_rows(*args, indices, kernels, columns, begin, end); });
-  });
-  if (found.load()) return report_index(indices, args->num_rows, args->tables, args->num_tables, context->index_error);
-  return FE_OK;
+  return forward_of(args, Combination::kConcat, workspace, workspace_bytes, context);
+}
+
+FeStatus fe_cpu_embedding_sum_forward(const FeForwardArgs* args, void* workspace, size_t* workspace_bytes,
+                                      const FeCpuContext* context) {
+  using namespace fast_embedding::cpu;
+  return forward_of(args, Combination::kSum, workspace, workspace_bytes, context);
 }
