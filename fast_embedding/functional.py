@@ -41,6 +41,7 @@ _torch_embedding = F.embedding
 
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
+_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 def embedding(
@@ -159,19 +160,14 @@ def lookup_columns(input: Tensor, weight: Tensor, columns: Columns, check_indice
         return _separate_lookups(input, weight, columns)
     if _is_compiling():
         _check_columns(input, weight, columns)
-        num_embeddings, embedding_dims, weight_offsets, padding_idx = _traced_fields(columns.key)
-        return ops.traced_multi_embedding(
-            weight,
-            input,
-            num_embeddings,
-            embedding_dims,
-            weight_offsets,
-            padding_idx,
-            columns.is_sum,
-            _traced_columns(columns.key, weight.device),
-        )
+        places = None if columns.is_sum else _traced_columns(columns.key, weight.device)
+        return ops.traced_multi_embedding(weight, input, *_traced_fields(columns.key), columns.is_sum, places)
+    if weight.numel() != columns.layout.numel:
+        _check_columns(input, weight, columns)
+    if _functorch_level() is not None:  # a transform would wrap the description, too
+        return ops.traced_multi_embedding(weight, input, *_lists(columns.key), columns.is_sum, None)
     try:
-        return ops.multi_embedding(weight, input, columns.description, columns.mode == "sum")
+        return ops.multi_embedding(weight, input, columns.description, columns.is_sum)
     except RuntimeError:
         _check_columns(input, weight, columns)  # whose error says more; looking beforehand costs every call 0.5 us
         raise
@@ -199,9 +195,14 @@ def _separate_lookups(input: Tensor, weight: Tensor, columns: Columns) -> Tensor
     return torch.stack(rows, -2).sum(-2) if columns.is_sum else torch.cat(rows, -1)
 
 
+def _lists(key: str) -> tuple[list[int], list[int], list[int], list[int]]:
+    num_embeddings, embedding_dims, offsets, padding_idx = zip(*column_fields(key), strict=True)
+    return list(num_embeddings), list(embedding_dims), list(offsets), list(padding_idx)
+
+
 @torch.compiler.assume_constant_result
-def _traced_fields(key: str) -> tuple[list[int], ...]:
-    return tuple(map(list, zip(*column_fields(key), strict=True)))
+def _traced_fields(key: str) -> tuple[list[int], list[int], list[int], list[int]]:
+    return _lists(key)
 
 
 @torch.compiler.assume_constant_result

@@ -124,6 +124,7 @@ class Columns:
 
     Attributes:
         padding_idx: a row of each table in [0, num_embeddings), -1 where it has none.
+        is_sum: whether the mode is "sum".
         output_dim: columns of the output.
         key: all that the operators need to know of the columns, as a string (see :func:`column_fields`):
             torch.compile guards on every int of a tuple, but once on a string.
@@ -141,6 +142,7 @@ class Columns:
     tables: tuple[int, ...]
     padding_idx: tuple[int, ...]
     mode: str
+    is_sum: bool = field(compare=False)
     output_dim: int = field(compare=False)
     key: str = field(compare=False)
 
@@ -171,6 +173,7 @@ class Columns:
         object.__setattr__(self, "tables", tables)
         object.__setattr__(self, "padding_idx", padding)
         object.__setattr__(self, "mode", mode)
+        object.__setattr__(self, "is_sum", mode == "sum")
         object.__setattr__(self, "output_dim", dims[0] if mode == "sum" else sum(dims))
         object.__setattr__(self, "key", ";".join([",".join([str(number) for number in row]) for row in fields]))
 
@@ -181,10 +184,6 @@ class Columns:
     def __reduce__(self) -> tuple[Any, ...]:
         padding_idx = [row if row >= 0 else None for row in self.padding_idx]
         return Columns, (self.layout, self.tables, padding_idx, self.mode)
-
-    @property
-    def is_sum(self) -> bool:
-        return self.mode == "sum"
 
     @cached_property
     def description(self) -> Tensor:

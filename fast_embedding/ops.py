@@ -73,15 +73,15 @@ def traced_multi_embedding(
     weight_offsets: Sequence[int],
     padding_idx: Sequence[int],
     sum: bool,
-    columns: Tensor,
+    columns: Tensor | None,
 ) -> Tensor:
     """:func:`multi_embedding` for torch.compile, which keeps ints in its graphs and knows no values of tensors.
 
     Args:
         weight, indices, sum: as in :func:`multi_embedding`.
         num_embeddings, embedding_dims, weight_offsets, padding_idx: what ``tables`` holds there.
-        columns: :func:`fast_embedding.layout.output_columns`, on the weight's device, by which the forward becomes one
-            ``aten.take``.
+        columns: :func:`fast_embedding.layout.output_columns`, on the weight's device, by which a concatenation becomes
+            one ``aten.take``; a sum needs none.
     """
     load()
     return torch.ops.fast_embedding.multi_embedding.default(
