@@ -39,6 +39,8 @@ _CPU_MIN_INDICES = 64
 # As it was at import: enable() puts a function in its place that comes back here.
 _torch_embedding = F.embedding
 
+_Lists = tuple[list[int], list[int], list[int], list[int]]
+
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -160,8 +162,9 @@ def lookup_columns(input: Tensor, weight: Tensor, columns: Columns, check_indice
         return _separate_lookups(input, weight, columns)
     if _is_compiling():
         _check_columns(input, weight, columns)
+        fields: _Lists = _traced_fields(columns.key)
         places = None if columns.is_sum else _traced_columns(columns.key, weight.device)
-        return ops.traced_multi_embedding(weight, input, *_traced_fields(columns.key), columns.is_sum, places)
+        return ops.traced_multi_embedding(weight, input, *fields, columns.is_sum, places)
     if weight.numel() != columns.layout.numel:
         _check_columns(input, weight, columns)
     if _functorch_level() is not None:  # a transform would wrap the description, too
@@ -195,17 +198,18 @@ def _separate_lookups(input: Tensor, weight: Tensor, columns: Columns) -> Tensor
     return torch.stack(rows, -2).sum(-2) if columns.is_sum else torch.cat(rows, -1)
 
 
-def _lists(key: str) -> tuple[list[int], list[int], list[int], list[int]]:
+def _lists(key: str) -> _Lists:
     num_embeddings, embedding_dims, offsets, padding_idx = zip(*column_fields(key), strict=True)
     return list(num_embeddings), list(embedding_dims), list(offsets), list(padding_idx)
 
 
-@torch.compiler.assume_constant_result
-def _traced_fields(key: str) -> tuple[list[int], list[int], list[int], list[int]]:
+# Dynamo calls these two while it traces, and their results are constants of the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_fields(key: str) -> _Lists:
     return _lists(key)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _traced_columns(key: str, device: torch.device) -> Tensor:
     return output_columns(key, device)
 

@@ -217,8 +217,8 @@ class FastMultiEmbedding(nn.Module):
                 tables.append(embedding)
             elif tables[table].padding_idx != embedding.padding_idx:
                 raise ValueError(
-                    f"embeddings[{index}] has padding_idx={embedding.padding_idx}, an earlier entry with the same weight "
-                    f"has {tables[table].padding_idx}: a table has one padding row"
+                    f"embeddings[{index}] has padding_idx={embedding.padding_idx}, an earlier entry with the same "
+                    f"weight has {tables[table].padding_idx}: a table has one padding row"
                 )
             table_of_column.append(table)
         layer = cls(

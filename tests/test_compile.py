@@ -77,7 +77,9 @@ def test_forward_is_atens_and_backward_is_ours(op, device):
     assert not any("embedding_dense_backward" in target for target in targets(backward))
 
 
-@pytest.mark.parametrize("mode, lookups", [("concat", {"aten.take.default": 1}), ("sum", {"aten.embedding.default": 12})])
+@pytest.mark.parametrize(
+    "mode, lookups", [("concat", {"aten.take.default": 1}), ("sum", {"aten.embedding.default": 12})]
+)
 def test_many_tables_are_torchs_lookups_forward_and_ours_backward(op, device, mode, lookups):
     layer = FastMultiEmbedding([40] * 12, [3] * 12, mode=mode, device=device)
     graphs = []

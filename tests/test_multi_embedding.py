@@ -226,7 +226,9 @@ def test_out_of_range_names_index_position_and_table(op, bad):
         op.multi_embedding_backward(torch.randn(7, 14), input, layout.numel, *arguments(layout))
 
 
-@pytest.mark.parametrize("sizes", [([60, 40, 7], 16), ([3000, 5, 70_000, 1], 5), ([7], 4), ([9] * 70, 1), ([50, 8], 600)])
+@pytest.mark.parametrize(
+    "sizes", [([60, 40, 7], 16), ([3000, 5, 70_000, 1], 5), ([7], 4), ([9] * 70, 1), ([50, 8], 600)]
+)
 def test_sums_round_once(
     op, device, dtype, index_dtype, deterministic, sizes, make_indices, make_grad, reference_backward, poison
 ):
@@ -328,9 +330,7 @@ def test_descriptions_are_checked(op, tables, message):
 
 def test_sums_need_one_dim(op):
     with pytest.raises(RuntimeError, match="a sum needs tables of one embedding_dim, got 2 and 3"):
-        op.multi_embedding(
-            torch.zeros(32), torch.zeros(1, 2, dtype=torch.long), [3, 2], [2, 3], [0, 8], [-1, -1], True
-        )
+        op.multi_embedding(torch.zeros(32), torch.zeros(1, 2, dtype=torch.long), [3, 2], [2, 3], [0, 8], [-1, -1], True)
 
 
 def test_sum_of_more_tables_than_the_kernel_takes(op):
