@@ -9,9 +9,9 @@
 // (in column order, in float32 for 16-bit types, rounded once) instead of concatenated: output and grad_output have D
 // columns.
 //
-// Under torch.compile the forward becomes what Inductor fuses into what follows: a sum of aten.embedding, or one aten.take
-// given `columns`, int64 [4, C] for the C columns of the concatenation: for each the column of the indices, V, D, and
-// where it stands in row 0 of its table. The backward stays our op.
+// Under torch.compile the forward becomes what Inductor fuses into what follows: a sum of aten.embedding, or one
+// aten.take given `columns`, int64 [4, C] for the C columns of the concatenation: for each the column of the indices,
+// V, D, and where it stands in row 0 of its table. The backward stays our op.
 //
 // multi_embedding.described is the eager form: the tables come as the rows of a CPU tensor, int64 [n, 5], in the order
 // of FeTable's fields. Lists of ints cost 50 ns an entry on their way from Python and as much again into autograd.
@@ -144,8 +144,8 @@ Tensor composite(const Tensor& weight, const Tensor& indices, const Tables& tabl
   check_last_dim(indices, tables);
   const auto lookup = [&](int64_t column) {
     const FeTable& table = tables[column];
-    const Tensor rows = weight.narrow(0, table.weight_offset, numel(table))
-                            .reshape({table.num_embeddings, table.embedding_dim});
+    const Tensor rows =
+        weight.narrow(0, table.weight_offset, numel(table)).reshape({table.num_embeddings, table.embedding_dim});
     return at::embedding(rows, indices.select(-1, column), table.padding_idx);
   };
   if (tables.sums()) {
@@ -310,8 +310,7 @@ Tensor add_shared_tables(const Tensor& grad_output, const Tensor& indices, int64
       before = &table;
     }
   }
-  const Tensor gradients =
-      multi_embedding_backward_dense(grad_output, indices, end, Tables{apart, tables.combination});
+  const Tensor gradients = multi_embedding_backward_dense(grad_output, indices, end, Tables{apart, tables.combination});
   for (const int64_t column : again) {
     gradients.narrow(0, tables[column].weight_offset, numel(tables[column]))
         .add_(gradients.narrow(0, apart[column].weight_offset, numel(tables[column])));

@@ -4,7 +4,6 @@
 // time through all tables, so that a line of the output that several narrow tables share is written while it is in L1.
 
 #include <algorithm>
-#include <type_traits>
 
 #include "common.h"
 #include "embedding_sum.h"
@@ -49,45 +48,30 @@ void gather_rows(const FeForwardArgs& args, const Indices& indices, const RowKer
 
 // Row addresses worked out ahead: 16 KB, half of a usual L1. More tables than this are left to the caller.
 constexpr int64_t kMaxAddresses = 2048;
-// Columns of a 16-bit sum that are held in float32 at a time.
-constexpr int64_t kSumColumns = 512;
 
-// The rows of all tables are rows of the flat weight at element granularity, so that the sum of a run of sorted
-// gradients, which keeps the sum in registers and asks for rows ahead, is this sum too.
 template <typename scalar_t>
 void sum_rows(const FeForwardArgs& args, const Indices& indices, const RowKernels& row_kernels, int64_t begin,
               int64_t end) {
-  using acc_t = accumulator_t<scalar_t>;
   const int64_t dim = args.tables[0].embedding_dim;
-  const auto* weight = static_cast<const scalar_t*>(args.weight);
+  const auto kernels = grad_kernels(row_kernels, dim, scalar_t{});
+  const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(scalar_t));
+  int64_t num_rows = 0;
+  for (int64_t t = 0; t < args.num_tables; ++t) num_rows += args.tables[t].num_embeddings;
+  const int64_t prefetch_bytes = num_rows * row_bytes <= kCachedTableBytes ? 0 : std::min(row_bytes, kPrefetchBytes);
   const int64_t tile_rows = std::min(kTile, kMaxAddresses / args.num_tables);
   int64_t rows[kTile];
-  uint64_t addresses[kMaxAddresses + kPrefetchRows + 1] = {};
+  int64_t starts[kMaxAddresses + kPrefetchRows] = {};
   for (int64_t row = begin; row < end; row += tile_rows) {
     const int64_t count = std::min(tile_rows, end - row);
     for (int64_t t = 0; t < args.num_tables; ++t) {
       const FeTable& table = args.tables[t];
       indices.read(row, count, t, rows);
       for (int64_t i = 0; i < count; ++i) {
-        addresses[i * args.num_tables + t] =
-            static_cast<uint64_t>(table.weight_offset + rows[i] * table.weight_stride);
+        starts[i * args.num_tables + t] = table.weight_offset + rows[i] * table.weight_stride;
       }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const uint64_t* terms = addresses + i * args.num_tables;
-      scalar_t* output = static_cast<scalar_t*>(args.output) + (row + i) * args.output_stride;
-      if constexpr (std::is_same_v<scalar_t, acc_t>) {
-        grad_kernels(row_kernels, dim, scalar_t{}).sum_rows(output, weight, 1, terms, args.num_tables, ~uint64_t{0}, dim);
-      } else {
-        acc_t sum[kSumColumns];
-        for (int64_t column = 0; column < dim; column += kSumColumns) {
-          const int64_t width = std::min(kSumColumns, dim - column);
-          const auto kernels = grad_kernels(row_kernels, width, scalar_t{});
-          kernels.sum_rows(sum, weight + column, 1, terms, args.num_tables, ~uint64_t{0}, width);
-          kernels.combine(output + column, sum, nullptr, 0, 0, width);
-        }
-      }
-    }
+    kernels.sum_terms(static_cast<scalar_t*>(args.output) + row * args.output_stride, args.output_stride,
+                      static_cast<const scalar_t*>(args.weight), starts, args.num_tables, count, dim, prefetch_bytes);
   }
 }
 
@@ -111,7 +95,7 @@ FeStatus forward_of(const FeForwardArgs* args, Combination combination, void* wo
   const bool running = workspace != nullptr;
   const FeStatus status = check_arguments(args, combination, running, context);
   if (status != FE_OK) return status;
-  const bool sums = combination == Combination::kSum;
+  const bool sums = combination == Combination::kSum && args->num_tables > 1;
   if (sums && args->num_tables > kMaxAddresses) return FE_UNSUPPORTED;
   if (!running) {
     *workspace_bytes = 0;

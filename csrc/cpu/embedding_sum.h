@@ -1,6 +1,7 @@
 // The sum of one row of each table: what fe_cpu_embedding_forward and _backward concatenate, added up.
 //
-//   forward   output[b] = table_0[x[b, 0]] + table_1[x[b, 1]] + ..., in this order, in float32 for 16-bit types (float64
+//   forward   output[b] = table_0[x[b, 0]] + table_1[x[b, 1]] + ..., in this order, in float32 for 16-bit types
+//   (float64
 //             for float64), rounded once. output is [num_rows, D].
 //   backward  every table's gradient comes from the same grad_output, [num_rows, D].
 //
