@@ -155,7 +155,7 @@ FE_INLINE void narrow(Float16* target, Vec<float, kLanes> value) {
 }
 
 template <int kValue>
-struct Lanes {
+struct Count {
   static constexpr int value = kValue;
 };
 
@@ -165,7 +165,7 @@ template <int kLanes, typename Body>
 FE_INLINE void for_each_tail(int64_t column, int64_t dim, const Body& body) {
   if constexpr (kLanes > 0) {
     if (dim & kLanes) {
-      body(Lanes<kLanes>{}, column);
+      body(Count<kLanes>{}, column);
       column += kLanes;
     }
     for_each_tail<kLanes / 2>(column, dim, body);
@@ -173,7 +173,7 @@ FE_INLINE void for_each_tail(int64_t column, int64_t dim, const Body& body) {
 }
 template <int kLanes, typename Body>
 FE_INLINE void for_each_vector(int64_t column, int64_t dim, const Body& body) {
-  for (; column + kLanes <= dim; column += kLanes) body(Lanes<kLanes>{}, column);
+  for (; column + kLanes <= dim; column += kLanes) body(Count<kLanes>{}, column);
   for_each_tail<kLanes / 2>(column, dim, body);
 }
 
@@ -293,9 +293,9 @@ void sum_terms(scalar_t* output, int64_t output_stride, const scalar_t* source, 
   };
   int64_t i = 0;
   if (dim <= kLanesOf<acc_t>) {
-    for (; i + 4 <= count; i += 4) sum_of(std::integral_constant<int, 4>{});
+    for (; i + 4 <= count; i += 4) sum_of(Count<4>{});
   }
-  for (; i < count; ++i) sum_of(std::integral_constant<int, 1>{});
+  for (; i < count; ++i) sum_of(Count<1>{});
 }
 
 template <typename scalar_t>
