@@ -77,7 +77,7 @@ docs: $(VENV)/.dist ## Build the documentation into build/site; a broken link fa
 	rm -rf build/pages && mkdir -p build/pages && cp -r docs/. build/pages
 	sed 's#(docs/#(#g; s#(LICENSE)#(licence.md)#g' README.md > build/pages/index.md
 	cp CHANGELOG.md build/pages/changelog.md && cp LICENSE build/pages/licence.md
-	$(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 .PHONY: gpu-check
 gpu-check: ## Check a wheel on this machine's GPU (WHEEL=dist/x.whl OUT=dir); see tools/gpu-check --help.

@@ -1,6 +1,6 @@
 """Builds fast-embedding: the name by CUDA, the dependencies, the native libraries. Offline, setuptools alone.
 
-FAST_EMBEDDING_CUDA         auto (default): CUDA kernels if nvcc is on PATH and of the CUDA major of the installed torch.
+FAST_EMBEDDING_CUDA         auto (default): CUDA kernels if nvcc is on PATH, of the CUDA major of the installed torch.
                             cpu: none. cu130, ...: with them, and the distribution is named fast-embedding-cu130
 FAST_EMBEDDING_ARCHS        GPU architectures, e.g. "80 90"; default: those of build_matrix.toml
 FAST_EMBEDDING_TORCH_ROOTS  torch folders to build a binding for, separated as PATH is; headers and version.py do.
@@ -161,7 +161,7 @@ def cub_version() -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "version.cu"
         source.write_text("#include <cub/version.cuh>\nint number = CUB_VERSION;\n", encoding="utf-8")
-        result = subprocess.run(["nvcc", "-E", str(source)], capture_output=True, text=True, check=True)
+        result = subprocess.run(["nvcc", "-std=c++17", "-E", str(source)], capture_output=True, text=True, check=True)
     # Line markers may stand before what a macro of a system header gives.
     number = int(re.search(r"int number =\s*(?:#.*\s*)*(\d+)", result.stdout)[1])
     return f"{number // 100000}.{number // 100 % 1000}.{number % 100}"

@@ -197,8 +197,9 @@ def cuda_library(csrc: Path, architectures: list[str], work: Path, output: Path)
     inputs = [step.output for step in objects]
     # The runtime is torch's own, already in the process; the paths serve who loads the library without torch.
     rpath = ":".join(_CUDA_RPATHS)
-    link = [nvcc, "-shared", "-cudart", "shared", "-o", str(output), *map(str, inputs)]
-    link += ["-Xlinker", f"-rpath={rpath}", "-Xlinker", "-z,defs", "-Xlinker", "-s"]
+    link = [nvcc, "-shared", "-cudart", "shared", "-cudadevrt", "none", "-o", str(output), *map(str, inputs)]
+    # CUB's NVTX opens a library; before glibc 2.34 dlopen is in one of its own.
+    link += ["-ldl", "-Xlinker", f"-rpath={rpath}", "-Xlinker", "-z,defs", "-Xlinker", "-s"]
     return Library(objects, Step(link, output, inputs))
 
 

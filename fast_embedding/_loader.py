@@ -124,8 +124,8 @@ def status() -> dict[str, Any]:
 
     Returns:
         Plain data: "version", "distributions" (name to version), "conflict" (text or None), "built" (what the build
-        recorded, or None), "torch", "platform", "bindings" (the names of those that the package holds), and for each of "binding", "cpu" and "cuda" a dict of "loaded",
-        "path", "reason" (None if loaded) and details.
+        recorded, or None), "torch", "platform", "bindings" (the names of those that the package holds), and for each
+        of "binding", "cpu" and "cuda" a dict of "loaded", "path", "reason" (None if loaded) and details.
     """
     state = _state or _load_once()
     absent = _Part(reason=state.binding.reason)

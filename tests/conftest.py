@@ -34,9 +34,9 @@ def device(request):
     return cuda_device() if request.param == "cuda" else torch.device("cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cuda():
-    """The GPU, for tests of what exists there alone."""
+    """The GPU, for tests of what exists there alone. Of the widest scope, so that it skips before others look for more."""
     if "cuda" not in DEVICES:
         pytest.skip("needs a GPU")
     return cuda_device()
