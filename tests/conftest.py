@@ -34,9 +34,9 @@ def device(request):
     return cuda_device() if request.param == "cuda" else torch.device("cpu")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session")  # so that it comes before fixtures of a module, which need what it looks for
 def cuda():
-    """The GPU, for tests of what exists there alone. Of the widest scope, so that it skips before others look for more."""
+    """The GPU, for tests of what exists there alone."""
     if "cuda" not in DEVICES:
         pytest.skip("needs a GPU")
     return cuda_device()
