@@ -76,7 +76,9 @@ def test_the_distribution_has_the_version_of_the_package():
 
 
 @needs_tree
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/distribution.md", ".ci/run", ".github/workflows"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "CONTRIBUTING.md", "docs/distribution.md", ".ci/run", ".github/workflows"]
+)
 def test_named_make_targets_exist(path):
     where = ROOT / path
     files = sorted(where.glob("*.yml")) if where.is_dir() else [where]
