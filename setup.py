@@ -169,7 +169,7 @@ setup(
         "bench": ["matplotlib", "rich"],
         "compat": [
             *("onnx", "onnxruntime", "onnxscript"),
-            *("peft", "pytorch-lightning", "safetensors", "torch-geometric", "transformers"),
+            *("ogb", "peft", "pytorch-lightning", "safetensors", "torch-geometric", "transformers"),
         ],
         "test": ["hypothesis", "numpy", "pytest", "pytest-benchmark"],
     },
