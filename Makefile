@@ -16,6 +16,7 @@ ARCHS =
 WHEEL =
 OUT = results/gpu-check
 GPU_CHECK_ARGS =
+AARCH64_CXX ?= aarch64-linux-gnu-g++
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -41,6 +42,18 @@ test: install ## Run the tests on the installed package.
 test-compat: $(VENV)/.compat ## Run the tests beside transformers and others, and in several processes.
 	@$(MAKE) --no-print-directory test PYTEST_ARGS="-m compat $(PYTEST_ARGS)"
 
+.PHONY: sanitize
+sanitize: install ## Run the CPU's tests under AddressSanitizer and UBSan (needs g++; some 10 minutes).
+	$(BIN)/python tools/sanitize $(PYTEST_ARGS)
+
+.PHONY: aarch64
+aarch64: ## Compile the CPU kernels for aarch64, warnings being errors (AARCH64_CXX).
+	@command -v $(AARCH64_CXX) >/dev/null || \
+	  { echo "no $(AARCH64_CXX): on Debian and Ubuntu, apt-get install g++-aarch64-linux-gnu" >&2; exit 1; }
+	@mkdir -p build/aarch64
+	$(AARCH64_CXX) -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Icsrc/include -shared -Wl,-z,defs \
+	  csrc/cpu/*.cpp csrc/plan.cpp -o build/aarch64/libfast_embedding_cpu.so
+
 .PHONY: bench
 bench: install ## Run the benchmark and the training runs on this machine's device (BENCH_ARGS="--quick", "--full", ...).
 	$(BIN)/fast-embedding bench $(BENCH_ARGS)
@@ -60,8 +73,8 @@ gpu-check: ## Check a wheel on this machine's GPU (WHEEL=dist/x.whl OUT=dir); se
 .PHONY: lint lint-python lint-native lint-scripts
 lint: lint-python lint-native lint-scripts ## Check format, style, types, scripts and workflows.
 lint-python: $(VENV)/.lint $(VENV)/.torch
-	$(BIN)/ruff format --check . tools/torch-headers tools/cpu-sweep
-	$(BIN)/ruff check . tools/torch-headers tools/cpu-sweep
+	$(BIN)/ruff format --check . tools/torch-headers tools/cpu-sweep tools/sanitize
+	$(BIN)/ruff check . tools/torch-headers tools/cpu-sweep tools/sanitize
 	$(BIN)/mypy
 lint-native: $(VENV)/.lint
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
@@ -73,8 +86,8 @@ lint-scripts: $(VENV)/.lint
 
 .PHONY: format
 format: $(VENV)/.lint ## Rewrite the sources as `make lint` wants them.
-	$(BIN)/ruff format . tools/torch-headers tools/cpu-sweep
-	$(BIN)/ruff check --fix --exit-zero . tools/torch-headers tools/cpu-sweep
+	$(BIN)/ruff format . tools/torch-headers tools/cpu-sweep tools/sanitize
+	$(BIN)/ruff check --fix --exit-zero . tools/torch-headers tools/cpu-sweep tools/sanitize
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 .PHONY: clean
