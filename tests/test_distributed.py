@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("torch.distributed.fsdp")
-from distributed_cases import CASES, fully_shard  # noqa: E402
+from distributed_cases import CASES, fully_shard
 
 pytestmark = pytest.mark.compat
 
