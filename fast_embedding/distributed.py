@@ -73,7 +73,7 @@ class ShardedMultiEmbedding(nn.Module):
         device: where the rank's tables go if ``layer`` is on "meta"; None for torch's default.
 
     Raises:
-        ValueError: ``layer`` has mode "sum", or fewer tables than there are ranks.
+        ValueError: ``layer`` has mode "sum", columns that share a table, or fewer tables than there are ranks.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class ShardedMultiEmbedding(nn.Module):
         super().__init__()
         if layer.mode != "concat":
             raise ValueError(f'layer must have mode "concat", got {layer.mode!r}')
+        if layer.table_of_column != tuple(range(len(layer.layout))):
+            raise ValueError(f"layer must have a table for each column, got table_of_column={layer.table_of_column}")
         self.layout = layer.layout
         self.padding_idx = layer.padding_idx
         self.process_group = process_group

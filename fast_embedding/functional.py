@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import ops
-from .layout import TableLayout
+from .layout import Columns, TableLayout, column_fields, output_columns
 
 __all__ = ["embedding", "multi_embedding"]
 
@@ -39,8 +39,11 @@ _CPU_MIN_INDICES = 64
 # As it was at import: enable() puts a function in its place that comes back here.
 _torch_embedding = F.embedding
 
+_Lists = tuple[list[int], list[int], list[int], list[int]]
+
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
+_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 def embedding(
@@ -109,6 +112,7 @@ def multi_embedding(
     num_embeddings: Sequence[int],
     embedding_dims: Sequence[int],
     *,
+    table_of_column: Sequence[int] | None = None,
     padding_idx: int | Sequence[int | None] | None = None,
     mode: str = "concat",
     check_indices: bool | None = None,
@@ -116,23 +120,26 @@ def multi_embedding(
     """Look up a row in each of n tables and concatenate or add the rows.
 
     Equal to ``cat([embedding(input[..., t], tables[t]) for t in range(n)], -1)`` where ``tables`` are the views
-    ``TableLayout(num_embeddings, embedding_dims).tables(weight)``, in one operation.
+    ``TableLayout(num_embeddings, embedding_dims).tables(weight)``, in one operation. Sums accumulate in float32 for
+    16-bit types, in the output and in the gradient, and are rounded once.
 
     Args:
-        input: int32 or int64, (\\*, n): column t indexes table t.
+        input: int32 or int64, (\\*, n): column t indexes table t, or table ``table_of_column[t]``.
         weight: (TableLayout(num_embeddings, embedding_dims).numel,).
-        num_embeddings, embedding_dims: rows and columns of each of the n tables.
+        num_embeddings, embedding_dims: rows and columns of each table.
+        table_of_column: where several columns read one table: the table of each of the n columns, ``[0, 1, 1]`` say.
+            The table gets the sum of the gradients, each of them rounded to 16 bits where the weight has 16.
         padding_idx: rows that get no gradient: None, one int for every table, or an int or None per table; negative
             values count from the end of the table.
         mode: "concat", or "sum", which needs tables of the same embedding_dim.
         check_indices: raise :exc:`IndexError` on a GPU too; None means ``FAST_EMBEDDING_CHECK``.
 
     Returns:
-        (\\*, sum of embedding_dims), or (\\*, embedding_dim) with mode "sum"; the dtype of ``weight``.
+        (\\*, sum of the columns' embedding_dims), or (\\*, embedding_dim) with mode "sum"; the dtype of ``weight``.
 
     Raises:
         IndexError: an index is outside its table.
-        ValueError: shapes, sizes, ``padding_idx`` or ``mode`` do not fit each other.
+        ValueError: shapes, sizes, ``table_of_column``, ``padding_idx`` or ``mode`` do not fit each other.
         RuntimeError: ``input`` is not int32 or int64, it is on another device than ``weight``, or the native library
             cannot be loaded.
 
@@ -141,53 +148,70 @@ def multi_embedding(
     tensor([[ 0.,  1., 10.],
             [ 2.,  3.,  8.]])
     """
-    layout = TableLayout(num_embeddings, embedding_dims)
-    check_mode(mode, layout)
-    return lookup_tables(input, weight, layout, layout.padding_indices(padding_idx), mode, check_indices)
+    columns = Columns(TableLayout(num_embeddings, embedding_dims), table_of_column, padding_idx, mode)
+    return lookup_columns(input, weight, columns, check_indices)
 
 
-def check_mode(mode: str, layout: TableLayout) -> None:
-    """Raise ValueError where ``mode`` is unknown or cannot combine the tables of ``layout``."""
-    if mode not in ("concat", "sum"):
-        raise ValueError(f'mode must be "concat" or "sum", got {mode!r}')
-    if mode == "sum" and len(set(layout.embedding_dims)) > 1:
-        raise ValueError(f'mode "sum" needs tables of one embedding_dim, got {list(layout.embedding_dims)}')
-
-
-def lookup_tables(
-    input: Tensor,
-    weight: Tensor,
-    layout: TableLayout,
-    padding_idx: tuple[int, ...],
-    mode: str,
-    check_indices: bool | None = None,
-) -> Tensor:
-    """:func:`multi_embedding` with its arguments checked and laid out: ``padding_idx`` is -1 where a table has none."""
-    if input.dim() == 0 or input.shape[-1] != len(layout):
-        raise ValueError(
-            f"input must have one column per table in its last dimension, {len(layout)}, got shape {tuple(input.shape)}"
-        )
-    if weight.dim() != 1 or weight.shape[0] != layout.numel:
-        raise ValueError(f"weight must have shape ({layout.numel},) for these tables, got {tuple(weight.shape)}")
+def lookup_columns(input: Tensor, weight: Tensor, columns: Columns, check_indices: bool | None = None) -> Tensor:
+    """:func:`multi_embedding` with its arguments checked and laid out."""
     if check_indices or (check_indices is None and _CHECK_INDICES):
-        _check_indices(input, layout.num_embeddings)
+        _check_columns(input, weight, columns)
+        _check_indices(input, [columns.layout.num_embeddings[table] for table in columns.tables])
     if _falls_through(input, weight):
-        output = torch.cat(
-            [
-                _torch_embedding(
-                    input[..., table], table_weight, padding_idx[table] if padding_idx[table] >= 0 else None
-                )
-                for table, table_weight in enumerate(layout.tables(weight))
-            ],
-            -1,
+        _check_columns(input, weight, columns)
+        return _separate_lookups(input, weight, columns)
+    if _is_compiling():
+        _check_columns(input, weight, columns)
+        fields: _Lists = _traced_fields(columns.key)
+        places = None if columns.is_sum else _traced_columns(columns.key, weight.device)
+        return ops.traced_multi_embedding(weight, input, *fields, columns.is_sum, places)
+    if weight.numel() != columns.layout.numel:
+        _check_columns(input, weight, columns)
+    if _functorch_level() is not None:  # a transform would wrap the description, too
+        return ops.traced_multi_embedding(weight, input, *_lists(columns.key), columns.is_sum, None)
+    try:
+        return ops.multi_embedding(weight, input, columns.description, columns.is_sum)
+    except RuntimeError:
+        _check_columns(input, weight, columns)  # whose error says more; looking beforehand costs every call 0.5 us
+        raise
+
+
+def _check_columns(input: Tensor, weight: Tensor, columns: Columns) -> None:
+    if input.dim() == 0 or input.shape[-1] != len(columns):
+        raise ValueError(
+            f"input must have one column per table in its last dimension, {len(columns)}, "
+            f"got shape {tuple(input.shape)}"
         )
-    else:
-        output = ops.multi_embedding(
-            weight, input, layout.num_embeddings, layout.embedding_dims, layout.offsets, padding_idx
+    numel = columns.layout.numel
+    if weight.dim() != 1 or weight.shape[0] != numel:
+        raise ValueError(f"weight must have shape ({numel},) for these tables, got {tuple(weight.shape)}")
+
+
+def _separate_lookups(input: Tensor, weight: Tensor, columns: Columns) -> Tensor:
+    tables = columns.layout.tables(weight)
+    rows = [
+        _torch_embedding(
+            input[..., column], tables[table], columns.padding_idx[table] if columns.padding_idx[table] >= 0 else None
         )
-    if mode == "sum":
-        return output.unflatten(-1, (len(layout), layout.embedding_dims[0])).sum(-2)
-    return output
+        for column, table in enumerate(columns.tables)
+    ]
+    return torch.stack(rows, -2).sum(-2) if columns.is_sum else torch.cat(rows, -1)
+
+
+def _lists(key: str) -> _Lists:
+    num_embeddings, embedding_dims, offsets, padding_idx = zip(*column_fields(key), strict=True)
+    return list(num_embeddings), list(embedding_dims), list(offsets), list(padding_idx)
+
+
+# Dynamo calls these two while it traces, and their results are constants of the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_fields(key: str) -> _Lists:
+    return _lists(key)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_columns(key: str, device: torch.device) -> Tensor:
+    return output_columns(key, device)
 
 
 def _falls_through(input: Tensor, weight: Tensor) -> bool:

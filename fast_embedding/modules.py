@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import functional
-from .layout import LAYOUT_VERSION, TableLayout
+from .layout import LAYOUT_VERSION, Columns, TableLayout
 
 __all__ = ["FastEmbedding", "FastMultiEmbedding"]
 
@@ -66,6 +66,8 @@ class FastMultiEmbedding(nn.Module):
     Args:
         num_embeddings: rows of each table.
         embedding_dims: columns of each table.
+        table_of_column: where several columns of the input read one table: the table of each column, ``[0, 1, 1, 2]``
+            for a second and a third column with a table in common. By default column t reads table t.
         padding_idx: rows that start as zero and get no gradient: None, one int for every table, or an int or None per
             table; negative values count from the end of the table.
         mode: "concat", or "sum", which needs tables of the same embedding_dim.
@@ -76,11 +78,12 @@ class FastMultiEmbedding(nn.Module):
     Attributes:
         weight: the flat parameter.
         layout: where each table stands in it, a :class:`fast_embedding.layout.TableLayout`.
+        table_of_column: a tuple of the table that each column reads.
         padding_idx: a tuple of one row in [0, num_embeddings[t]) or None per table.
 
     Raises:
         TypeError: a size is not an int.
-        ValueError: sizes, ``padding_idx``, ``mode`` or ``_weight`` do not fit each other.
+        ValueError: sizes, ``table_of_column``, ``padding_idx``, ``mode`` or ``_weight`` do not fit each other.
 
     >>> layer = FastMultiEmbedding([100, 20], [4, 2])
     >>> layer
@@ -101,6 +104,7 @@ class FastMultiEmbedding(nn.Module):
         num_embeddings: Sequence[int],
         embedding_dims: Sequence[int],
         *,
+        table_of_column: Sequence[int] | None = None,
         padding_idx: int | Sequence[int | None] | None = None,
         mode: str = "concat",
         _weight: Tensor | Sequence[Tensor] | None = None,
@@ -109,9 +113,7 @@ class FastMultiEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = TableLayout(num_embeddings, embedding_dims)
-        functional.check_mode(mode, self.layout)
-        self.mode = mode
-        self._padding_indices = self.layout.padding_indices(padding_idx)
+        self._columns = Columns(self.layout, table_of_column, padding_idx, mode)
         if _weight is None:
             self.weight = Parameter(torch.empty(self.layout.numel, device=device, dtype=dtype))
             self.reset_parameters()
@@ -148,27 +150,37 @@ class FastMultiEmbedding(nn.Module):
         return self.layout.embedding_dims
 
     @property
+    def table_of_column(self) -> tuple[int, ...]:
+        """The table that each column of the input reads."""
+        return self._columns.tables
+
+    @property
     def padding_idx(self) -> tuple[int | None, ...]:
         """The padding row of each table, None where it has none."""
-        return tuple(row if row >= 0 else None for row in self._padding_indices)
+        return tuple(row if row >= 0 else None for row in self._columns.padding_idx)
+
+    @property
+    def mode(self) -> str:
+        """What becomes of the rows: "concat" or "sum"."""
+        return self._columns.mode
 
     @property
     def output_dim(self) -> int:
         """Columns of the output."""
-        return sum(self.embedding_dims) if self.mode == "concat" else self.embedding_dims[0]
+        return self._columns.output_dim
 
     def reset_parameters(self) -> None:
         """Draw every table from N(0, 1) as nn.Embedding does; padding rows and holes become zero."""
         with torch.no_grad():
             self.weight.zero_()
-            for table, padding_idx in zip(self.tables(), self._padding_indices, strict=True):
+            for table, padding_idx in zip(self.tables(), self._columns.padding_idx, strict=True):
                 nn.init.normal_(table)
                 if padding_idx >= 0:
                     table[padding_idx].zero_()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Look up ``input``, int32 or int64, (\\*, n) for n tables; returns (\\*, output_dim)."""
-        return functional.lookup_tables(input, self.weight, self.layout, self._padding_indices, self.mode)
+        """Look up ``input``, int32 or int64, (\\*, n) for n columns; returns (\\*, output_dim)."""
+        return functional.lookup_columns(input, self.weight, self._columns)
 
     def tables(self) -> list[Tensor]:
         """Views of ``weight``, one of shape (num_embeddings[t], embedding_dims[t]) per table."""
@@ -176,14 +188,15 @@ class FastMultiEmbedding(nn.Module):
 
     @classmethod
     def from_embeddings(cls, embeddings: Sequence[nn.Embedding], *, mode: str = "concat") -> FastMultiEmbedding:
-        """A layer with copies of the tables of ``embeddings``.
+        """A layer with copies of the tables of ``embeddings``, one entry a column of the input.
 
-        Values, dtype, device, requires_grad, padding_idx and training are kept.
+        Values, dtype, device, requires_grad, padding_idx and training are kept. Ties are kept too: entries that are one
+        module, or that have one parameter, become one table that several columns read.
 
         Raises:
             TypeError: an entry is not an nn.Embedding, or is a subclass with a forward of its own.
-            ValueError: an entry has ``sparse``, ``max_norm`` or ``scale_grad_by_freq``, or the entries differ in dtype,
-                device, requires_grad or training.
+            ValueError: an entry has ``sparse``, ``max_norm`` or ``scale_grad_by_freq``, the entries differ in dtype,
+                device, requires_grad or training, or entries with one parameter differ in padding_idx.
 
         >>> layer = FastMultiEmbedding.from_embeddings([nn.Embedding(7, 3), nn.Embedding(5, 2, padding_idx=0)])
         >>> layer
@@ -196,12 +209,25 @@ class FastMultiEmbedding(nn.Module):
             raise ValueError(
                 "embeddings must agree in requires_grad and training, for they become one parameter of one module"
             )
+        tables: list[nn.Embedding] = []
+        table_of_column = []
+        for index, embedding in enumerate(embeddings):
+            table = next((t for t, known in enumerate(tables) if known.weight is embedding.weight), len(tables))
+            if table == len(tables):
+                tables.append(embedding)
+            elif tables[table].padding_idx != embedding.padding_idx:
+                raise ValueError(
+                    f"embeddings[{index}] has padding_idx={embedding.padding_idx}, an earlier entry with the same "
+                    f"weight has {tables[table].padding_idx}: a table has one padding row"
+                )
+            table_of_column.append(table)
         layer = cls(
-            [e.num_embeddings for e in embeddings],
-            [e.embedding_dim for e in embeddings],
-            padding_idx=[e.padding_idx for e in embeddings],
+            [e.num_embeddings for e in tables],
+            [e.embedding_dim for e in tables],
+            table_of_column=table_of_column,
+            padding_idx=[e.padding_idx for e in tables],
             mode=mode,
-            _weight=[e.weight for e in embeddings],
+            _weight=[e.weight for e in tables],
         )
         for requires_grad, training in kinds:
             layer.weight.requires_grad_(requires_grad)
@@ -209,7 +235,9 @@ class FastMultiEmbedding(nn.Module):
         return layer
 
     def to_embeddings(self) -> list[nn.Embedding]:
-        """One nn.Embedding per table with a copy of its values; the opposite of :meth:`from_embeddings`.
+        """One nn.Embedding per column with a copy of its table; the opposite of :meth:`from_embeddings`.
+
+        Columns that read one table get one module.
 
         >>> FastMultiEmbedding([7, 5], [3, 2], padding_idx=[None, 0]).to_embeddings()
         [Embedding(7, 3), Embedding(5, 2, padding_idx=0)]
@@ -224,11 +252,13 @@ class FastMultiEmbedding(nn.Module):
                 _freeze=not self.weight.requires_grad,
             )
             embeddings.append(embedding.train(self.training))
-        return embeddings
+        return [embeddings[table] for table in self.table_of_column]
 
     def extra_repr(self) -> str:
         parts = f"{list(self.num_embeddings)}, {list(self.embedding_dims)}"
-        if any(row >= 0 for row in self._padding_indices):
+        if self.table_of_column != tuple(range(len(self.layout))):
+            parts += f", table_of_column={list(self.table_of_column)}"
+        if any(row >= 0 for row in self._columns.padding_idx):
             parts += f", padding_idx={list(self.padding_idx)}"
         if self.mode != "concat":
             parts += f", mode={self.mode!r}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._loader import load, native_platform, require
 
-__all__ = ["embedding", "load", "multi_embedding", "native_platform", "require"]
+__all__ = ["embedding", "load", "multi_embedding", "native_platform", "require", "traced_multi_embedding"]
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -43,39 +43,53 @@ def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1) -> Tensor:
     return (_direct.get("embedding") or _load_direct("embedding"))(weight, indices, padding_idx)
 
 
-def multi_embedding(
+def multi_embedding(weight: Tensor, indices: Tensor, tables: Tensor, sum: bool = False) -> Tensor:
+    """Rows of n tables, side by side or added. Not for what is traced, see :func:`traced_multi_embedding`.
+
+    Args:
+        weight: (numel,), all tables.
+        indices: (..., n), int32 or int64, any strides, on the weight's device; column t reads the table of row t of
+            ``tables``.
+        tables: int64 (n, 5) on the CPU: rows V_t, columns D_t, where the table begins in the weight, D_t once more, and
+            a row that gets no gradient, or -1 for none. Tables are packed and do not overlap, unless they are the same.
+        sum: add the rows, all of one D, in column order, instead of concatenating them.
+
+    Returns:
+        (..., D_0 + ... + D_{n-1}), or (..., D), in the weight's dtype, contiguous.
+
+    Raises:
+        RuntimeError, IndexError: as :func:`embedding`, or tables that do not fit the weight.
+    """
+    return (_direct.get("multi_embedding") or _load_direct("multi_embedding", "described"))(
+        weight, indices, tables, sum
+    )
+
+
+def traced_multi_embedding(
     weight: Tensor,
     indices: Tensor,
     num_embeddings: Sequence[int],
     embedding_dims: Sequence[int],
     weight_offsets: Sequence[int],
     padding_idx: Sequence[int],
+    sum: bool,
+    columns: Tensor | None,
 ) -> Tensor:
-    """Rows of n tables, side by side.
+    """:func:`multi_embedding` for torch.compile, which keeps ints in its graphs and knows no values of tensors.
 
     Args:
-        weight: (numel,), all tables; table t is (V_t, D_t), packed, from weight_offsets[t].
-        indices: (..., n), int32 or int64, any strides, on the weight's device.
-        num_embeddings, embedding_dims, weight_offsets: per table; the offsets ascend and tables do not overlap.
-        padding_idx: per table a row that gets no gradient, or -1 for none.
-
-    Returns:
-        (..., D_0 + ... + D_{n-1}) in the weight's dtype, contiguous.
-
-    Raises:
-        RuntimeError, IndexError: as :func:`embedding`, or tables that do not fit the weight.
+        weight, indices, sum: as in :func:`multi_embedding`.
+        num_embeddings, embedding_dims, weight_offsets, padding_idx: what ``tables`` holds there.
+        columns: :func:`fast_embedding.layout.output_columns`, on the weight's device, by which a concatenation becomes
+            one ``aten.take``; a sum needs none.
     """
-    if _is_compiling():
-        load()
-        return torch.ops.fast_embedding.multi_embedding.default(
-            weight, indices, num_embeddings, embedding_dims, weight_offsets, padding_idx
-        )
-    return (_direct.get("multi_embedding") or _load_direct("multi_embedding"))(
-        weight, indices, num_embeddings, embedding_dims, weight_offsets, padding_idx
+    load()
+    return torch.ops.fast_embedding.multi_embedding.default(
+        weight, indices, num_embeddings, embedding_dims, weight_offsets, padding_idx, sum, columns
     )
 
 
-def _load_direct(name: str) -> Callable[..., Tensor]:
+def _load_direct(name: str, overload_name: str = "default") -> Callable[..., Tensor]:
     load()
-    overload = getattr(torch.ops.fast_embedding, name).default
+    overload = getattr(getattr(torch.ops.fast_embedding, name), overload_name)
     return _direct.setdefault(name, getattr(overload, "_op", overload))

@@ -10,13 +10,23 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from fast_embedding import FastEmbedding, FastMultiEmbedding, functional
 
-TABLES = ([4, 3, 5], [2, 5, 1], [0, 8, 24], [1, -1, 4])  # num_embeddings, embedding_dims, weight_offsets, padding_idx
-NUMEL = 32
+# num_embeddings, embedding_dims, weight_offsets, padding_idx, sum; in a weight of 64 elements
+MANY_TABLES = {
+    "concat": ([4, 3, 5], [2, 5, 1], [0, 8, 24], [1, -1, 4], False),
+    "shared": ([5, 4, 5], [2, 5, 2], [8, 24, 8], [4, -1, 4], False),
+    "sum": ([4, 3, 5], [2, 2, 2], [0, 8, 16], [1, -1, 4], True),
+    "shared sum": ([5, 3, 5], [2, 2, 2], [8, 0, 8], [4, -1, 4], True),
+}
 
 
 @pytest.fixture
 def indices(device):
     return torch.tensor([[0, 3, 3], [1, 4, 0]], device=device)
+
+
+@pytest.fixture(params=MANY_TABLES)
+def many_tables(request):
+    return MANY_TABLES[request.param]
 
 
 @pytest.fixture
@@ -38,14 +48,18 @@ def test_gradcheck_of_embedding(op, device, indices):
     assert gradgradcheck(lambda g: op.embedding_backward(g, indices, 5, 3), grad_output)
 
 
-def test_gradcheck_of_multi_embedding(op, device, many_indices):
-    weight = double(NUMEL, device=device)
-    no_padding = (*TABLES[:3], [-1, -1, -1])
+def without_padding(tables):
+    return (*tables[:3], [-1, -1, -1], tables[4])
+
+
+def test_gradcheck_of_multi_embedding(op, device, many_indices, many_tables):
+    weight = double(64, device=device)
+    no_padding = without_padding(many_tables)
     assert gradcheck(lambda w: op.multi_embedding(w, many_indices, *no_padding), weight)
     assert gradgradcheck(lambda w: op.multi_embedding(w, many_indices, *no_padding), weight)
-    grad_output = double(4, 8, device=device)
-    assert gradcheck(lambda g: op.multi_embedding_backward(g, many_indices, NUMEL, *TABLES), grad_output)
-    assert gradgradcheck(lambda g: op.multi_embedding_backward(g, many_indices, NUMEL, *TABLES), grad_output)
+    grad_output = double(4, 2 if many_tables[4] else sum(many_tables[1]), device=device)
+    assert gradcheck(lambda g: op.multi_embedding_backward(g, many_indices, 64, *many_tables), grad_output)
+    assert gradgradcheck(lambda g: op.multi_embedding_backward(g, many_indices, 64, *many_tables), grad_output)
 
 
 @pytest.mark.parametrize("padding_idx", [-1, 3])
@@ -63,26 +77,23 @@ def test_second_derivative_equals_atens(op, device, indices, padding_idx):
     torch.testing.assert_close(ours, aten)
 
 
-def test_second_derivative_of_many_tables_equals_atens(op, device, many_indices):
+def test_second_derivative_of_many_tables_equals_atens(op, device, many_indices, many_tables):
     def derivatives(lookup):
         torch.manual_seed(0)
-        weight = double(NUMEL, device=device)
+        weight = double(64, device=device)
         (first,) = torch.autograd.grad(lookup(weight).pow(3).sum(), weight, create_graph=True)
         (second,) = torch.autograd.grad(first.pow(2).sum(), weight)
         return first, second
 
     def composed(weight):
-        tables = zip(*TABLES, strict=True)
-        return torch.cat(
-            [
-                torch.embedding(weight[o : o + v * d].view(v, d), many_indices[:, t], p)
-                for t, (v, d, o, p) in enumerate(tables)
-            ],
-            -1,
-        )
+        rows = [
+            torch.embedding(weight[o : o + v * d].view(v, d), many_indices[:, t], p)
+            for t, (v, d, o, p) in enumerate(zip(*many_tables[:4], strict=True))
+        ]
+        return torch.stack(rows).sum(0) if many_tables[4] else torch.cat(rows, -1)
 
     torch.testing.assert_close(
-        derivatives(lambda weight: op.multi_embedding(weight, many_indices, *TABLES)), derivatives(composed)
+        derivatives(lambda weight: op.multi_embedding(weight, many_indices, *many_tables)), derivatives(composed)
     )
 
 
@@ -110,15 +121,30 @@ def test_vmap_over_indices(op, device, indices):
     torch.testing.assert_close(mapped, expected)
 
 
-def test_func_transforms_of_many_tables(op, device, many_indices):
-    weight = torch.randn(NUMEL, device=device)
-    no_padding = (*TABLES[:3], [-1, -1, -1])
+def test_func_transforms_of_many_tables(op, device, many_indices, many_tables):
+    weight = torch.randn(64, device=device)
+    no_padding = without_padding(many_tables)
     lookup = lambda w: op.multi_embedding(w, many_indices, *no_padding)  # noqa: E731
     expected = torch.autograd.functional.jacobian(lookup, weight)
     torch.testing.assert_close(torch.func.jacrev(lookup)(weight), expected)
     torch.testing.assert_close(torch.func.jacfwd(lookup)(weight), expected)
-    stacked = torch.randn(3, NUMEL, device=device)
+    stacked = torch.randn(3, 64, device=device)
     torch.testing.assert_close(torch.func.vmap(lookup)(stacked), torch.stack([lookup(w) for w in stacked]))
+    grad_output = torch.randn(3, *lookup(weight).shape, device=device)
+    backward = lambda g: op.multi_embedding_backward(g, many_indices, 64, *many_tables)  # noqa: E731
+    torch.testing.assert_close(torch.func.vmap(backward)(grad_output), torch.stack([backward(g) for g in grad_output]))
+
+
+def test_func_transforms_of_the_layer(device, many_indices):
+    """The eager form of the operator, under every transform."""
+    layer = FastMultiEmbedding([5, 4], [2, 2], table_of_column=[0, 1, 0], mode="sum", device=device)
+    call = lambda w: torch.func.functional_call(layer, {"weight": w}, many_indices)  # noqa: E731
+    weight = layer.weight.detach()
+    expected = torch.autograd.functional.jacobian(call, weight)
+    torch.testing.assert_close(torch.func.jacrev(call)(weight), expected)
+    torch.testing.assert_close(torch.func.jacfwd(call)(weight), expected)
+    stacked = torch.randn(3, len(weight), device=device)
+    torch.testing.assert_close(torch.func.vmap(call)(stacked), torch.stack([call(w) for w in stacked]))
 
 
 def test_per_sample_gradients(device):

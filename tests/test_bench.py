@@ -1,6 +1,7 @@
 """The benchmark's own code: its streams, limits, clocks, records, reports and command line. Tiny shapes, no speeds."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -23,12 +24,12 @@ def session(request):
     return measure.Session(device, timer, RATES, TINY, reproducible=True)
 
 
-def smoke_run(folder):
+def smoke_run(folder, *more):
     # One thread: on a busy machine each parallel region of so small a lookup waits for the other threads.
     threads = torch.get_num_threads()
     options = {"--device": "cpu", "--threads": "1", "--json": folder / "run.json", "--plots": folder}
     try:
-        return cli.main(["bench", "--smoke", *(str(word) for option in options.items() for word in option)])
+        return cli.main(["bench", "--smoke", *(str(word) for option in options.items() for word in option), *more])
     finally:
         torch.set_num_threads(threads)
 
@@ -170,11 +171,11 @@ def test_a_call_that_synchronises_is_marked():
 PASSES = {"forward", "backward", "both"}
 
 
-def check_record(record, device_type):
+def check_record(record, device_type, contenders=(measure.BASELINE, measure.OURS)):
     """What every reader of the JSON relies on."""
     wall = {"wall"} if device_type == "cuda" else set()
     assert set(record["limit_us"]) == PASSES
-    for contender in (measure.BASELINE, measure.INDEX_ADD, measure.OURS):
+    for contender in contenders:
         times = record["times"][contender]
         assert set(times) == PASSES | wall
         for value in times.values():
@@ -191,17 +192,53 @@ def test_one_table_is_measured(session, dtype):
     from fast_embedding.bench import lookup
 
     record = lookup.run(shapes.LookupShape(20, 3, 400, "zipf"), dtype, session)
-    check_record(record, session.device.type)
+    check_record(record, session.device.type, (measure.BASELINE, measure.INDEX_ADD, measure.OURS))
     assert measure.OURS_REPRODUCIBLE in record["times"]
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_many_tables_are_measured(session):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["concat", "sum"])
+@pytest.mark.parametrize("dims", [(3, 3), (8, 8)])  # with a hole between the tables, and without
+def test_many_tables_are_measured(session, dtype, mode, dims):
+    from fast_embedding.bench import multi
+
+    record = multi.run(shapes.MultiShape(300, (5, 7), dims, mode=mode), dtype, session)
+    check_record(record, session.device.type, (measure.BASELINE, measure.OFFSETS, measure.OURS))
+    assert record["distinct"] == [5, 7]
+    assert record["gradient_error"][measure.OFFSETS] <= 1e-2
+    columns = sum(dims) if mode == "concat" else dims[0]
+    moved = (300 * 2 * 8 + 300 * columns * dtype.itemsize + 12 * dims[0] * dtype.itemsize) / RATES.copy * 1e6
+    assert record["limit_us"]["forward"] == pytest.approx(moved + RATES.launch_us)
+
+
+def test_tables_of_several_dims_have_no_offset_indices(session):
     from fast_embedding.bench import multi
 
     record = multi.run(shapes.MultiShape(300, (5, 7), (3, 2)), torch.float32, session)
-    check_record(record, session.device.type)
-    assert record["distinct"] == [5, 7]
+    assert measure.OFFSETS not in record["times"]
+
+
+def test_chosen_shapes_are_compiled(session):
+    if session.device.type == "cuda":
+        pytest.importorskip("triton")
+    from fast_embedding.bench import multi
+
+    session = dataclasses.replace(session, compile_chosen=True)
+    shape = shapes.MultiShape(300, (5, 7), (3, 2), compiled=True)
+    compiled = {measure.COMPILED, measure.OURS_COMPILED}
+    assert compiled <= set(multi.run(shape, torch.float32, session)["times"])
+    assert not compiled & set(multi.run(shape, torch.bfloat16, session)["times"])
+    assert not compiled & set(multi.run(dataclasses.replace(shape, compiled=False), torch.float32, session)["times"])
+
+
+def test_the_grid_of_many_tables():
+    grid = shapes.multi_shapes()
+    assert len({shape.label for shape in grid}) == len(grid)
+    for sizes in (shapes.TEN_TABLES, shapes.RETAIL):
+        assert len(sizes[0]) == len(sizes[1])
+    assert (len(shapes.RETAIL[0]), len(shapes.CLICK_LOG), len(shapes.ATOM_FEATURES)) == (24, 26, 9)
+    assert sum(shape.fbgemm_us is not None for shape in grid) == 7
 
 
 def test_a_contender_that_is_wrong_is_refused(session):
@@ -210,7 +247,7 @@ def test_a_contender_that_is_wrong_is_refused(session):
     right = measure.Contender("right", lambda: weight[indices], (weight,))
     grad_output = torch.randn(10, 4, device=session.device)
     wrong_output = measure.Contender("wrong", lambda: weight[indices] * 2, (weight,))
-    exact = lambda: [measure.exact_gradient(10, indices, grad_output)]  # noqa: E731
+    exact = [lambda: measure.exact_gradient(10, indices, grad_output)]
     with pytest.raises(ArithmeticError, match="the output of wrong differs"):
         measure.measure([right, wrong_output], grad_output, exact, limits.Traffic(), session)
     ours = measure.Contender(measure.OURS, lambda: weight[indices].detach() + 0 * weight[indices], (weight,))
@@ -274,9 +311,17 @@ def as_of_a_gpu(result):
     return result
 
 
-def test_report_of_a_gpu_shows_wall_time_and_memory(smoke):
+def test_report_of_a_gpu_shows_wall_time_memory_and_what_others_took_there(smoke):
     columns = {column for table in report.tables(as_of_a_gpu(smoke[2])) for column in table.columns}
-    assert {"x nn.Embedding, wall", "extra MB, bwd"} <= columns
+    assert {"x nn.Embedding, wall", "extra MB, bwd", "x FBGEMM dense, fwd + bwd"} <= columns
+    assert not any("FBGEMM" in column for table in report.tables(smoke[2]) for column in table.columns)
+
+
+@pytest.mark.parametrize("section", ["lookup", "multi", "training"])
+def test_one_section_alone(tmp_path, section):
+    assert smoke_run(tmp_path, "--only", section) == 0
+    result = json.loads((tmp_path / "run.json").read_text())
+    assert [name for name in ("lookup", "multi", "training") if result[name]] == [section]
 
 
 def test_what_is_shown_fits_a_terminal(smoke):
@@ -341,6 +386,7 @@ def test_own_shape(tmp_path):
         ("--quick --full", "not allowed with"),
         ("--dim 5", "go together"),
         ("--dist zipf", "--dist needs"),
+        ("--only multi --num-embeddings 5 --dim 5 --tokens 5", "--only is for the grid"),
         ("--num-embeddings 0 --dim 5 --tokens 5", "must be positive"),
         ("--dtype int8", "invalid choice"),
         ("--device meta", "--device must be cpu or cuda"),

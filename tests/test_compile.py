@@ -1,5 +1,6 @@
 """torch.compile, torch.export and the checks that torch has for custom operators."""
 
+import collections
 import contextlib
 import re
 
@@ -10,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
 from fast_embedding import FastEmbedding, FastMultiEmbedding, enable, functional
-from fast_embedding.layout import TableLayout
+from fast_embedding.layout import Columns, TableLayout, output_columns
 
 LAYOUT = TableLayout([10, 4, 6], [3, 2, 8])
 TABLES = (list(LAYOUT.num_embeddings), list(LAYOUT.embedding_dims), list(LAYOUT.offsets), [-1, 1, 5])
@@ -23,13 +24,15 @@ def forget_compilations():
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=["FastEmbedding", "FastMultiEmbedding", "FastMultiEmbedding sum"])
+@pytest.fixture(params=["FastEmbedding", "FastMultiEmbedding", "FastMultiEmbedding sum", "FastMultiEmbedding shared"])
 def layer(request, device):
     if request.param == "FastEmbedding":
         return FastEmbedding(4, 3, padding_idx=1, device=device)
     if request.param == "FastMultiEmbedding":
         return FastMultiEmbedding([10, 4], [3, 2], padding_idx=[None, 1], device=device)
-    return FastMultiEmbedding([10, 4], [3, 3], mode="sum", device=device)
+    if request.param == "FastMultiEmbedding shared":
+        return FastMultiEmbedding([4], [3], table_of_column=[0, 0], padding_idx=2, device=device)
+    return FastMultiEmbedding([10, 4], [3, 3], padding_idx=1, mode="sum", device=device)
 
 
 def capturing_backend(graphs):
@@ -74,14 +77,35 @@ def test_forward_is_atens_and_backward_is_ours(op, device):
     assert not any("embedding_dense_backward" in target for target in targets(backward))
 
 
-def test_many_tables_are_one_operation_each_way(op, device):
-    layer = FastMultiEmbedding([40] * 12, [3] * 12, device=device)
+@pytest.mark.parametrize(
+    "mode, lookups", [("concat", {"aten.take.default": 1}), ("sum", {"aten.embedding.default": 12})]
+)
+def test_many_tables_are_torchs_lookups_forward_and_ours_backward(op, device, mode, lookups):
+    layer = FastMultiEmbedding([40] * 12, [3] * 12, mode=mode, device=device)
     graphs = []
     compiled = torch.compile(layer, fullgraph=True, backend=capturing_backend(graphs))
     check_against_eager(compiled, layer, torch.randint(40, (100, 12), device=device))
-    forward, backward = graphs
-    assert "fast_embedding.multi_embedding.default" in targets(forward)
-    assert "fast_embedding.multi_embedding_backward.default" in targets(backward)
+    forward, backward = (
+        collections.Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        for graph in graphs
+    )
+    assert {name: forward[name] for name in ("aten.take.default", "aten.embedding.default") if forward[name]} == lookups
+    assert not any("fast_embedding" in target for target in forward)
+    assert backward["fast_embedding.multi_embedding_backward.default"] == 1
+    assert not any("embedding_dense_backward" in target for target in backward)
+
+
+@pytest.mark.parametrize("bad", [-1, 4, 9])
+@pytest.mark.parametrize("mode", ["concat", "sum"])
+def test_an_index_out_of_range_reads_no_neighbour(bad, mode):
+    """All tables are one tensor: what is out of range in one of them is a place in the next."""
+    layer = FastMultiEmbedding([4, 4, 4], [3, 3, 3], mode=mode)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.zeros(100, 3, dtype=torch.long)
+    compiled(x)
+    x[50, 1] = bad
+    with torch.no_grad(), pytest.raises(IndexError, match="out of range"):
+        compiled(x)
 
 
 def test_batch_sizes_do_not_recompile(layer, device):
@@ -134,14 +158,48 @@ def test_the_gather_fuses_with_what_follows(op, device, way):
         compiled = torch.compile(lambda x: (layer(x).tanh() * 2 + 1).square().sum(-1), fullgraph=True)
         output, (forward, backward) = utils.run_fw_bw_and_get_code(lambda: compiled(x))
     torch.testing.assert_close(output, (layer(x).tanh() * 2 + 1).square().sum(-1))
-    names = set(re.findall(r"\b(?:cpp|triton)_\w*fused\w*", forward))
-    assert len(names) == 1, names
-    assert "embedding" in names.pop()
+    assert "embedding" in the_one_kernel(forward)
     assert "fast_embedding" not in forward
     assert "torch.ops.fast_embedding.embedding_backward.default" in backward
 
 
-@pytest.mark.parametrize("layer", ["FastEmbedding", "FastMultiEmbedding"], indirect=True)
+def the_one_kernel(code):
+    names = set(re.findall(r"\b(?:cpp|triton)_\w*fused\w*", code))
+    assert len(names) == 1, names
+    return names.pop()
+
+
+@pytest.mark.parametrize("mode, lookup", [("concat", "take"), ("sum", "embedding")])
+@pytest.mark.parametrize("table_of_column", [None, [0, 1, 2, 0, 2, 1, 1, 0, 2]])
+def test_many_lookups_fuse_into_one_kernel(op, device, mode, lookup, table_of_column):
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+    utils = pytest.importorskip("torch._inductor.utils")
+    if not hasattr(utils, "run_fw_bw_and_get_code"):
+        pytest.skip(f"torch {torch.__version__} does not show its generated code")
+    tables = 9 if table_of_column is None else 3
+    layer = FastMultiEmbedding(
+        range(7, 7 + tables), [8] * tables, table_of_column=table_of_column, padding_idx=3, mode=mode, device=device
+    )
+    x = torch.randint(7, (700, 9), device=device)
+    compiled = torch.compile(lambda x: (layer(x).tanh() * 2 + 1).square().sum(-1), fullgraph=True)
+    output, (forward, backward) = utils.run_fw_bw_and_get_code(lambda: compiled(x))
+    torch.testing.assert_close(output, (layer(x).tanh() * 2 + 1).square().sum(-1))
+    assert lookup in the_one_kernel(forward)
+    assert "fast_embedding" not in forward
+    assert "torch.ops.fast_embedding.multi_embedding_backward.default" in backward
+
+
+def test_compiled_concatenation_is_exact(device):
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+    layer = FastMultiEmbedding([10, 4, 6], [3, 2, 8], padding_idx=[None, 1, 5], device=device)
+    compiled = torch.compile(layer, fullgraph=True)
+    for dtype in (torch.int32, torch.int64):
+        x = torch.randint(4, (700, 3), dtype=dtype, device=device)
+        assert torch.equal(compiled(x), layer(x))
+
+
 def test_reduce_overhead(device, layer):
     """CUDA graphs, taken and replayed by torch.compile."""
     if device.type != "cuda":
@@ -160,9 +218,8 @@ def test_reduce_overhead(device, layer):
         torch.testing.assert_close(*gradients)
 
 
-def test_compiled_autograd(device):
-    layer = FastEmbedding(50, 8, device=device)
-    x = torch.randint(50, (700,), device=device)
+def test_compiled_autograd(layer, device):
+    x = torch.randint(4, (700, 2), device=device)
     layer(x).square().sum().backward()
     expected, layer.weight.grad = layer.weight.grad, None
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
@@ -225,3 +282,10 @@ def test_opcheck(op, device, index_dtype, requires_grad):
     torch.library.opcheck(op.embedding_backward.default, (floats(6, 3, 5), x, 7, 2))
     torch.library.opcheck(op.multi_embedding.default, (floats(LAYOUT.numel), x, *TABLES))
     torch.library.opcheck(op.multi_embedding_backward.default, (floats(6, 13), x, LAYOUT.numel, *TABLES))
+    columns = output_columns(Columns(LAYOUT, padding_idx=[None, 1, 5]).key, device)
+    torch.library.opcheck(op.multi_embedding.default, (floats(LAYOUT.numel), x, *TABLES, False, columns))
+    shared = ([10, 6, 6], [2, 2, 2], [0, 24, 24], [1, -1, -1])
+    for arguments in ((*shared, False), (*shared, True)):
+        width = 2 if arguments[-1] else 6
+        torch.library.opcheck(op.multi_embedding.default, (floats(36), x, *arguments))
+        torch.library.opcheck(op.multi_embedding_backward.default, (floats(6, width), x, 36, *arguments))

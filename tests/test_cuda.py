@@ -12,13 +12,17 @@ from fast_embedding import FastEmbedding, FastMultiEmbedding, functional
 SIZES = [(10, 4, 100_000), (5000, 32, 30_000), (500_000, 16, 100_000)]
 
 
-@pytest.fixture(params=["FastEmbedding", "FastMultiEmbedding"])
+@pytest.fixture(params=["FastEmbedding", "FastMultiEmbedding", "FastMultiEmbedding sum", "FastMultiEmbedding shared"])
 def layer(request, cuda):
     """With integers for weights: their gradients in step() have exact sums, the same in any order."""
     if request.param == "FastEmbedding":
         layer = FastEmbedding(5000, 32, padding_idx=7, device=cuda)
-    else:
+    elif request.param == "FastMultiEmbedding":
         layer = FastMultiEmbedding([5000, 60, 300], [16, 5, 8], padding_idx=[None, 0, None], device=cuda)
+    elif request.param == "FastMultiEmbedding sum":
+        layer = FastMultiEmbedding([5000, 60, 300], [7, 7, 7], padding_idx=[None, 0, None], mode="sum", device=cuda)
+    else:
+        layer = FastMultiEmbedding([5000, 60], [16, 5], table_of_column=[0, 1, 0], device=cuda)
     with torch.no_grad():
         layer.weight.round_()
     return layer

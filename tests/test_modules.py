@@ -81,9 +81,19 @@ def test_weight_is_read_at_call_time():
     assert torch.equal(layer(x), other[x])
 
 
-@pytest.mark.parametrize("make", [lambda: FastEmbedding(10, 3, 1), lambda: FastMultiEmbedding([10, 4], [3, 2])])
-def test_copies_and_pickles(make):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FastEmbedding(10, 3, 1),
+        lambda: FastMultiEmbedding([10, 4], [3, 2]),
+        lambda: FastMultiEmbedding([10], [3], table_of_column=[0, 0], padding_idx=1, mode="sum"),
+    ],
+)
+@pytest.mark.parametrize("used", [False, True])
+def test_copies_and_pickles(make, used):
     layer = make()
+    if used:
+        layer(torch.zeros(3, 2, dtype=torch.long))
     x = torch.randint(4, (N, 2))
     stream = io.BytesIO()
     torch.save(layer, stream)
@@ -218,7 +228,52 @@ def test_multi_sum():
     assert layer(x).shape == (N, 5, 3)
 
 
+def test_multi_columns_that_share_a_table(device):
+    """As one nn.Embedding used for several columns: its gradient is the sum of theirs."""
+    layer = FastMultiEmbedding([10, 4], [3, 2], table_of_column=[0, 1, 0], padding_idx=[2, None], device=device)
+    first, second = nn.Embedding(10, 3, 2, device=device), nn.Embedding(4, 2, device=device)
+    with torch.no_grad():
+        for table, embedding in zip(layer.tables(), (first, second), strict=True):
+            embedding.weight.copy_(table)
+    assert layer.table_of_column == (0, 1, 0)
+    assert layer.output_dim == 8
+    assert len(layer.tables()) == 2
+    x = torch.randint(4, (N, 3), device=device)
+    expected = torch.cat([first(x[:, 0]), second(x[:, 1]), first(x[:, 2])], 1)
+    output = layer(x)
+    assert torch.equal(output, expected)
+    weights = torch.randint(-3, 4, expected.shape, device=device)
+    (output * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for gradient, embedding in zip(layer.layout.tables(layer.weight.grad), (first, second), strict=True):
+        assert torch.equal(gradient, embedding.weight.grad)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer.step()
+    assert layer.weight.grad.shape == layer.weight.shape
+
+
+def test_conversion_keeps_ties():
+    first, second = nn.Embedding(10, 3, padding_idx=1), nn.Embedding(4, 3)
+    tied = nn.Embedding(10, 3, padding_idx=1)
+    tied.weight = first.weight
+    layer = FastMultiEmbedding.from_embeddings([first, second, first, tied])
+    assert layer.table_of_column == (0, 1, 0, 0)
+    assert layer.num_embeddings == (10, 4)
+    x = torch.randint(4, (N, 4))
+    assert torch.equal(layer(x), torch.cat([first(x[:, 0]), second(x[:, 1]), first(x[:, 2]), first(x[:, 3])], 1))
+    back = layer.to_embeddings()
+    assert len(back) == 4
+    assert back[0] is back[2] is back[3]
+    assert torch.equal(back[0].weight, first.weight)
+    assert torch.equal(back[1].weight, second.weight)
+    tied.padding_idx = None
+    with pytest.raises(ValueError, match=r"embeddings\[1\] has padding_idx=None, an earlier entry .* has 1"):
+        FastMultiEmbedding.from_embeddings([first, tied])
+
+
 def test_multi_repr():
+    shared = FastMultiEmbedding([10, 4], [3, 2], table_of_column=[0, 1, 0])
+    assert repr(shared) == "FastMultiEmbedding([10, 4], [3, 2], table_of_column=[0, 1, 0])"
     assert repr(FastMultiEmbedding([10, 4], [3, 2])) == "FastMultiEmbedding([10, 4], [3, 2])"
     layer = FastMultiEmbedding([10, 4], [3, 3], padding_idx=[None, -1], mode="sum")
     assert repr(layer) == "FastMultiEmbedding([10, 4], [3, 3], padding_idx=[None, 3], mode='sum')"
@@ -286,6 +341,8 @@ def test_conversion_refuses_what_it_would_lose(embedding, error, message):
         (([3, 5], [2, 3]), {"mode": "sum"}, ValueError, "tables of one embedding_dim"),
         (([3, 5], [2, 3]), {"mode": "max"}, ValueError, '"concat" or "sum"'),
         (([3, 5], [2, 3]), {"padding_idx": 3}, ValueError, "padding_idx of table 0"),
+        (([3, 5], [2, 3]), {"table_of_column": [0, 0]}, ValueError, "must name each of the 2 tables at least once"),
+        (([3, 5], [2, 3]), {"table_of_column": [0, 1.0]}, TypeError, r"table_of_column\[1\] must be an int"),
         (([3], [2]), {"_weight": torch.zeros(6)}, ValueError, r"_weight must have shape \(8,\)"),
         (([3], [2]), {"_weight": [torch.zeros(2, 3)]}, ValueError, r"table 0 must be .* of shape \(3, 2\)"),
         (([3], [2]), {"_weight": []}, ValueError, "one tensor per table, got 0 for 1 tables"),

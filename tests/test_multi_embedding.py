@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast_embedding import functional
-from fast_embedding.layout import TableLayout
+from fast_embedding.layout import Columns, TableLayout, output_columns
 
 # num_embeddings and embedding_dims: one table, tables of one size, unlike sizes with holes, many.
 TABLES = {
@@ -37,6 +37,26 @@ def arguments(layout, padding_idx=None):
         list(layout.offsets),
         list(layout.padding_indices(padding_idx)),
     )
+
+
+def column_arguments(columns):
+    """What the operators take for columns that may share tables or be added."""
+    fields = zip(*columns.description.tolist(), strict=True)
+    num_embeddings, embedding_dims, offsets, _, padding = map(list, fields)
+    return num_embeddings, embedding_dims, offsets, padding, columns.is_sum
+
+
+def reference_gradient(grad_output, input, columns, reference):
+    """The flat gradient in float64."""
+    layout = columns.layout
+    expected = torch.zeros(layout.numel, dtype=torch.float64, device=grad_output.device)
+    tables = layout.tables(expected)
+    dims = [layout.embedding_dims[table] for table in columns.tables]
+    slices = [grad_output] * len(columns) if columns.is_sum else grad_output.split(dims, -1)
+    for column, table in enumerate(columns.tables):
+        rows, padding = layout.num_embeddings[table], columns.padding_idx[table]
+        tables[table] += reference(slices[column], input[..., column], rows, padding)
+    return expected
 
 
 def make_input(layout, make_indices, distribution, n, dtype=torch.int64, device="cpu"):
@@ -206,6 +226,130 @@ def test_out_of_range_names_index_position_and_table(op, bad):
         op.multi_embedding_backward(torch.randn(7, 14), input, layout.numel, *arguments(layout))
 
 
+@pytest.mark.parametrize(
+    "sizes", [([60, 40, 7], 16), ([3000, 5, 70_000, 1], 5), ([7], 4), ([9] * 70, 1), ([50, 8], 600)]
+)
+def test_sums_round_once(
+    op, device, dtype, index_dtype, deterministic, sizes, make_indices, make_grad, reference_backward, poison
+):
+    """Both ways: integers have exact sums, which 16 bits hold only if nothing is rounded on the way."""
+    num_embeddings, dim = sizes
+    columns = Columns(TableLayout(num_embeddings, [dim] * len(num_embeddings)), padding_idx=0, mode="sum")
+    input = make_input(columns.layout, make_indices, "zipf", 900, index_dtype, device)
+    weight = make_weight(columns.layout, torch.float64, device)
+    for table in columns.layout.tables(weight):
+        table.mul_(100).round_()
+    expected = torch.stack([table[input[:, t].long()] for t, table in enumerate(columns.layout.tables(weight))]).sum(0)
+    output = op.multi_embedding(weight.to(dtype), input, *column_arguments(columns))
+    assert output.is_contiguous()
+    if dtype != torch.bfloat16:  # whose 8 bits do not hold the terms
+        assert torch.equal(output, expected.to(dtype))
+    grad_output = make_grad((900, dim), dtype, device, integers=True)
+    poison(columns.layout.numel, dtype, device)
+    gradient = op.multi_embedding_backward(grad_output, input, columns.layout.numel, *column_arguments(columns))
+    assert torch.equal(gradient, reference_gradient(grad_output, input, columns, reference_backward).to(dtype))
+
+
+def test_sum_of_one_thread_equals_that_of_many(op, dtype, make_indices):
+    columns = Columns(TableLayout([3000, 50, 9], [64] * 3), mode="sum")
+    input = make_input(columns.layout, make_indices, "uniform", 20_000)
+    weight = make_weight(columns.layout, dtype)
+    before = torch.get_num_threads()
+    try:
+        outputs = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outputs.append(op.multi_embedding(weight, input, *column_arguments(columns)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("mode", ["concat", "sum"])
+@pytest.mark.parametrize("table_of_column", [[0, 1, 1, 2], [2, 2, 0, 1, 2], [2, 1, 0]])
+@pytest.mark.parametrize("n", [3, 4000])
+def test_columns_that_share_tables(
+    op, device, dtype, deterministic, mode, table_of_column, n, make_grad, reference_backward, poison
+):
+    """In any order. Integers again, so small that 16 bits hold each column's sum."""
+    dims = [3, 3, 3] if mode == "sum" else [3, 16, 5]
+    layout = TableLayout([50, 300, 9000], dims)
+    columns = Columns(layout, table_of_column, [None, 1, -1], mode)
+    input = torch.stack([torch.randint(layout.num_embeddings[table], (n,)) for table in table_of_column], 1).to(device)
+    weight = make_weight(layout, dtype, device)
+    tables = layout.tables(weight)
+    rows = [tables[table][input[:, column]] for column, table in enumerate(table_of_column)]
+    output = op.multi_embedding(weight, input, *column_arguments(columns))
+    if mode == "concat":
+        assert torch.equal(output, torch.cat(rows, -1))
+    else:
+        torch.testing.assert_close(output, torch.stack(rows).double().sum(0).to(dtype))
+    grad_output = make_grad((n, columns.output_dim), dtype, device, integers=True).sign()
+    poison(layout.numel, dtype, device)
+    gradient = op.multi_embedding_backward(grad_output, input, layout.numel, *column_arguments(columns))
+    assert gradient.shape == (layout.numel,)
+    assert torch.equal(gradient, reference_gradient(grad_output, input, columns, reference_backward).to(dtype))
+
+
+def test_tables_by_description_are_tables_by_lists(op, device, dtype, layout, make_indices):
+    input = make_input(layout, make_indices, "uniform", 300, device=device)
+    weight = make_weight(layout, dtype, device).requires_grad_()
+    columns = Columns(layout, padding_idx=0)
+    outputs = (
+        op.multi_embedding(weight, input, *column_arguments(columns)),
+        op.multi_embedding(weight, input, columns.description),
+    )
+    assert torch.equal(*outputs)
+    gradients = [torch.autograd.grad(output.square().nan_to_num().sum(), weight)[0] for output in outputs]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    "tables, message",
+    [
+        ([[3, 2, 0, 2]], r"must be a contiguous int64 tensor \[n, 5\]"),
+        ([[3, 2, 0, 2, -1.0]], "must be a contiguous int64 tensor"),
+        ([], "must be a contiguous int64 tensor"),
+        ([[3, 2, 0, 3, -1]], "tables must be packed, got the stride 3 for table 0"),
+        ([[3, 2, -8, 2, -1]], "must lie within the weight's 32"),
+        ([[3, 2, 30, 2, -1]], "table 0 of 3 x 2 elements at 30 must lie within the weight's 32"),
+        ([[2**62, 4, 0, 4, -1]], "must lie within the weight's 32"),
+        ([[3, 2, 0, 2, 3]], "padding_idx must be -1 or a row of 3 for table 0, got 3"),
+        ([[-3, 2, 0, 2, -1]], "must not be negative"),
+        ([[3, 2, 8, 2, -1], [3, 2, 4, 2, -1]], "tables must not overlap unless they are the same, got the offset 8"),
+        ([[3, 2, 8, 2, -1], [2, 2, 8, 2, -1]], "tables must not overlap unless they are the same"),
+        ([[3, 2, 8, 2, -1], [2, 3, 8, 3, -1]], "tables must not overlap unless they are the same"),
+    ],
+)
+def test_descriptions_are_checked(op, tables, message):
+    tables = torch.tensor(tables)
+    with pytest.raises(RuntimeError, match=message):
+        op.multi_embedding(torch.zeros(32), torch.zeros(1, len(tables), dtype=torch.long), tables)
+
+
+def test_sums_need_one_dim(op):
+    with pytest.raises(RuntimeError, match="a sum needs tables of one embedding_dim, got 2 and 3"):
+        op.multi_embedding(torch.zeros(32), torch.zeros(1, 2, dtype=torch.long), [3, 2], [2, 3], [0, 8], [-1, -1], True)
+
+
+def test_sum_of_more_tables_than_the_kernel_takes(op):
+    columns = Columns(TableLayout([2] * 2500, [1] * 2500), mode="sum")
+    weight = torch.ones(columns.layout.numel)
+    output = op.multi_embedding(weight, torch.ones(3, 2500, dtype=torch.long), *column_arguments(columns))
+    assert torch.equal(output, torch.full((3, 1), 2500.0))
+
+
+def test_output_columns():
+    columns = Columns(TableLayout([3, 5], [2, 1]), table_of_column=[1, 0, 1])
+    assert output_columns(columns.key, torch.device("cpu")).tolist() == [
+        [0, 1, 1, 2],
+        [5, 3, 3, 5],
+        [1, 2, 2, 1],
+        [8, 0, 1, 8],
+    ]
+
+
 def test_sum_of_tables(device, dtype, index_dtype, make_indices):
     layout = TableLayout([60, 40, 7], [16, 16, 16])
     input = make_input(layout, make_indices, "uniform", 300, index_dtype, device)
@@ -219,6 +363,31 @@ def test_sum_of_tables(device, dtype, index_dtype, make_indices):
     for t, table in enumerate(layout.tables(counts)):
         table += torch.bincount(input[:, t], minlength=layout.num_embeddings[t])[:, None]
     assert torch.equal(weight.grad, counts.to(dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_columns(op, reference_backward, data):
+    """Random tables, columns, modes and padding on the CPU, and on the GPU where there is one."""
+    draw = data.draw
+    mode = draw(st.sampled_from(["concat", "sum"]), label="mode")
+    dim = st.just(draw(st.integers(1, 40), label="dim")) if mode == "sum" else st.integers(1, 40)
+    sizes = draw(st.lists(st.tuples(st.integers(1, 60), dim), min_size=1, max_size=5), label="sizes")
+    again = draw(st.lists(st.integers(0, len(sizes) - 1), max_size=4), label="again")
+    table_of_column = draw(st.permutations([*range(len(sizes)), *again]), label="table_of_column")
+    padding_idx = [draw(st.none() | st.integers(-rows, rows - 1)) for rows, _ in sizes]
+    columns = Columns(TableLayout(*zip(*sizes, strict=True)), table_of_column, padding_idx, mode)
+    n = draw(st.integers(0, 200), label="n")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        input = torch.stack([torch.randint(sizes[table][0], (n,)) for table in table_of_column], 1).to(device)
+        weight = make_weight(columns.layout, device=device)
+        tables = columns.layout.tables(weight)
+        rows = [tables[table][input[:, column]] for column, table in enumerate(table_of_column)]
+        output = op.multi_embedding(weight, input, columns.description, columns.is_sum)
+        torch.testing.assert_close(output, torch.stack(rows).sum(0) if mode == "sum" else torch.cat(rows, -1))
+        grad_output = torch.randint(-8, 9, output.shape, device=device).float()
+        gradient = op.multi_embedding_backward(grad_output, input, columns.layout.numel, *column_arguments(columns))
+        assert torch.equal(gradient, reference_gradient(grad_output, input, columns, reference_backward).float())
 
 
 @settings(max_examples=60, deadline=None)

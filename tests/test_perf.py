@@ -21,7 +21,7 @@ CPU_MAX_NUMEL = 40 * 10**6
 USABLE_MEMORY = 0.8
 
 
-def grid(name, shapes_of_it):
+def grid(name, shapes_of_it, contenders):
     """Every combination of a shape with device, dtype, contender and passes."""
 
     def decorate(test):
@@ -29,7 +29,7 @@ def grid(name, shapes_of_it):
             (name, shapes_of_it, lambda shape: shape.label),
             ("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"], None),
             ("dtype", [torch.float32, torch.bfloat16], lambda dtype: str(dtype).removeprefix("torch.")),
-            ("contender", [measure.BASELINE, measure.INDEX_ADD, measure.OURS], None),
+            ("contender", contenders, None),
             ("passes", ["forward", "both"], None),
         ):
             test = pytest.mark.parametrize(names, values, ids=ids)(test)
@@ -63,7 +63,7 @@ def run(benchmark, entries, contender, grad_output, passes):
     benchmark.pedantic(step, rounds=15, warmup_rounds=2)
 
 
-@grid("shape", shapes.LOOKUP_SHAPES)
+@grid("shape", shapes.LOOKUP_SHAPES, [measure.BASELINE, measure.INDEX_ADD, measure.OURS])
 def test_lookup(benchmark, shape, device, dtype, contender, passes):
     numel = max(shape.num_embeddings, shape.num_indices) * shape.embedding_dim
     skip_unless_it_fits(device, lookup.required_bytes(shape, dtype), numel)
@@ -75,15 +75,16 @@ def test_lookup(benchmark, shape, device, dtype, contender, passes):
     run(benchmark, entries, contender, grad_output, passes)
 
 
-@grid("shape", shapes.multi_shapes())
+@grid("shape", shapes.multi_shapes(), [measure.BASELINE, measure.OURS])
 def test_multi(benchmark, shape, device, dtype, contender, passes):
-    skip_unless_it_fits(device, multi.required_bytes(shape, dtype), shape.num_rows * sum(shape.embedding_dims))
+    numel = max(shape.weight_numel, shape.num_rows * sum(shape.embedding_dims))
+    skip_unless_it_fits(device, multi.required_bytes(shape, dtype), numel)
     benchmark.group = f"{shape.label}, {device}, {dtype}, {passes}"
     session = session_on(device)
     embeddings = [
         torch.nn.Embedding(rows, dim, _weight=measure.random_weight(rows, dim, dtype, session))
         for rows, dim in zip(shape.num_embeddings, shape.embedding_dims, strict=True)
     ]
-    entries = multi.contenders(embeddings, shape.draw(0).to(device), session)
-    grad_output = torch.randn(shape.num_rows, sum(shape.embedding_dims), dtype=dtype, device=device)
+    entries = multi.contenders(embeddings, shape.draw(0).to(device), session, shape.mode)
+    grad_output = torch.randn(shape.num_rows, shape.output_dim, dtype=dtype, device=device)
     run(benchmark, entries, contender, grad_output, passes)

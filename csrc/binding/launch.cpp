@@ -212,20 +212,28 @@ IndexRows as_index_rows(const Tensor& indices, bool last_is_table) {
   return {std::move(storage), type, num_rows, *stride, table_stride};
 }
 
-bool run_forward(const FeForwardArgs& args, const Tensor& like, const Tensor& indices) {
+bool has_sum_kernels(const Tensor& like) { return like.is_cpu(); }
+
+bool run_forward(const FeForwardArgs& args, const Tensor& like, const Tensor& indices, Combination combination) {
+  const bool sums = combination == Combination::kSum;
   if (like.is_cpu()) {
-    return run_cpu(cpu_kernels().forward, args, like, indices);
+    const CpuKernels& kernels = cpu_kernels();
+    return run_cpu(sums ? kernels.sum_forward : kernels.forward, args, like, indices);
   }
+  TORCH_INTERNAL_ASSERT(!sums);
   const CudaKernels& kernels = cuda_kernels();
   const c10::DeviceGuard guard(like.device());
   Workspace none(0, like);  // by contract, the CUDA forward needs no memory
   return check_cuda(kernels.forward(&args, none.data(), none.bytes(), current_stream(like.device())), kernels);
 }
 
-bool run_backward(const FeBackwardArgs& args, const Tensor& like, const Tensor& indices) {
+bool run_backward(const FeBackwardArgs& args, const Tensor& like, const Tensor& indices, Combination combination) {
+  const bool sums = combination == Combination::kSum;
   if (like.is_cpu()) {
-    return run_cpu(cpu_kernels().backward, args, like, indices);
+    const CpuKernels& kernels = cpu_kernels();
+    return run_cpu(sums ? kernels.sum_backward : kernels.backward, args, like, indices);
   }
+  TORCH_INTERNAL_ASSERT(!sums);
   const CudaKernels& kernels = cuda_kernels();
   const c10::DeviceGuard guard(like.device());
   void* stream = current_stream(like.device());

@@ -18,6 +18,7 @@
 #include <cstring>
 
 #include "common.h"
+#include "embedding_sum.h"
 #include "partition.h"
 #include "row_kernels.h"
 
@@ -89,7 +90,8 @@ class Backward {
  public:
   using acc_t = accumulator_t<scalar_t>;
 
-  explicit Backward(const FeBackwardArgs& args) : args_(args), indices_(args) {
+  Backward(const FeBackwardArgs& args, Combination combination)
+      : args_(args), indices_(args), combination_(combination) {
     for (int64_t t = 0; t < args.num_tables; ++t) {
       total_columns_ += args.tables[t].embedding_dim;
       total_numel_ += numel_of(args.tables[t]);
@@ -181,6 +183,11 @@ class Backward {
     return static_cast<const scalar_t*>(args_.grad_output) + row * args_.grad_output_stride + column;
   }
 
+  // The first column of what follows `count` columns from `column`: a sum's gradient is every table's.
+  int64_t column_after(int64_t column, int64_t count) const {
+    return combination_ == Combination::kSum ? column : column + count;
+  }
+
   // ---- Plans -----------------------------------------------------------------------------------------------------
 
   template <typename Visit>
@@ -189,7 +196,7 @@ class Backward {
     Group group{0, 0, 0, 0, 0, Strategy::kInPlace};
     while (group.last_table < args_.num_tables) {
       group.first_table = group.last_table;
-      group.first_column += group.columns;
+      group.first_column = column_after(group.first_column, group.columns);
       group.columns = group.numel = 0;
       for (; group.last_table < args_.num_tables; ++group.last_table) {
         const FeTable& table = args_.tables[group.last_table];
@@ -286,7 +293,7 @@ class Backward {
       if constexpr (std::is_same_v<scalar_t, acc_t>) {
         member.once([&] { accumulate(table, t, column, 0, args_.num_rows, target, 1, 0); });
       }
-      column += table.embedding_dim;
+      column = column_after(column, table.embedding_dim);
     }
   }
 
@@ -345,7 +352,7 @@ class Backward {
       for (int64_t t = group.first_table; t < group.last_table; ++t) {
         const FeTable& table = args_.tables[t];
         accumulate(table, t, column, row, std::min(row + kTile, end), acc, plan.copies, plan.copy_stride);
-        column += table.embedding_dim;
+        column = column_after(column, table.embedding_dim);
         acc += numel_of(table);
       }
     }
@@ -477,15 +484,16 @@ class Backward {
 
   const FeBackwardArgs& args_;
   Indices indices_;
+  Combination combination_;
   const RowKernels& row_kernels_ = row_kernels();
   int64_t total_columns_ = 0;
   int64_t total_numel_ = 0;  // less than grad_weight_numel where there are holes
 };
 
 template <typename scalar_t>
-FeStatus run_backward(const FeBackwardArgs& args, void* workspace, size_t* workspace_bytes,
+FeStatus run_backward(const FeBackwardArgs& args, Combination combination, void* workspace, size_t* workspace_bytes,
                       const FeCpuContext* context) {
-  const Backward<scalar_t> backward(args);
+  const Backward<scalar_t> backward(args, combination);
   size_t needed = 0;
   FeStatus status = backward.workspace_bytes(&needed);
   if (status != FE_OK) return status;
@@ -504,24 +512,35 @@ FeStatus run_backward(const FeBackwardArgs& args, void* workspace, size_t* works
   return FE_OK;
 }
 
+FeStatus backward_of(const FeBackwardArgs* args, Combination combination, void* workspace, size_t* workspace_bytes,
+                     const FeCpuContext* context) {
+  if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
+  const FeStatus status = check_arguments(args, combination, workspace != nullptr, context);
+  if (status != FE_OK) return status;
+  switch (args->scalar_type) {
+    case FE_FLOAT32:
+      return run_backward<float>(*args, combination, workspace, workspace_bytes, context);
+    case FE_FLOAT64:
+      return run_backward<double>(*args, combination, workspace, workspace_bytes, context);
+    case FE_FLOAT16:
+      return run_backward<Float16>(*args, combination, workspace, workspace_bytes, context);
+    case FE_BFLOAT16:
+      return run_backward<BFloat16>(*args, combination, workspace, workspace_bytes, context);
+  }
+  return FE_INVALID_ARGUMENT;
+}
+
 }  // namespace
 }  // namespace fast_embedding::cpu
 
 FeStatus fe_cpu_embedding_backward(const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes,
                                    const FeCpuContext* context) {
   using namespace fast_embedding::cpu;
-  if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
-  const FeStatus status = check_arguments(args, workspace != nullptr, context);
-  if (status != FE_OK) return status;
-  switch (args->scalar_type) {
-    case FE_FLOAT32:
-      return run_backward<float>(*args, workspace, workspace_bytes, context);
-    case FE_FLOAT64:
-      return run_backward<double>(*args, workspace, workspace_bytes, context);
-    case FE_FLOAT16:
-      return run_backward<Float16>(*args, workspace, workspace_bytes, context);
-    case FE_BFLOAT16:
-      return run_backward<BFloat16>(*args, workspace, workspace_bytes, context);
-  }
-  return FE_INVALID_ARGUMENT;
+  return backward_of(args, Combination::kConcat, workspace, workspace_bytes, context);
+}
+
+FeStatus fe_cpu_embedding_sum_backward(const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes,
+                                       const FeCpuContext* context) {
+  using namespace fast_embedding::cpu;
+  return backward_of(args, Combination::kSum, workspace, workspace_bytes, context);
 }

@@ -1,4 +1,4 @@
-// output[b] = [table_0[x[b, 0]], table_1[x[b, 1]], ...].
+// output[b] = [table_0[x[b, 0]], table_1[x[b, 1]], ...], or the sum of these rows in float32, rounded once.
 //
 // All indices are checked before the first store. Then each thread takes a range of rows, and in it a tile of rows at a
 // time through all tables, so that a line of the output that several narrow tables share is written while it is in L1.
@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "common.h"
+#include "embedding_sum.h"
 #include "row_kernels.h"
 
 namespace fast_embedding::cpu {
@@ -43,34 +44,95 @@ void gather_rows(const FeForwardArgs& args, const Indices& indices, const RowKer
   }
 }
 
+// ---- Sums ----------------------------------------------------------------------------------------------------------
+
+// Row addresses worked out ahead: 16 KB, half of a usual L1. More tables than this are left to the caller.
+constexpr int64_t kMaxAddresses = 2048;
+
+template <typename scalar_t>
+void sum_rows(const FeForwardArgs& args, const Indices& indices, const RowKernels& row_kernels, int64_t begin,
+              int64_t end) {
+  const int64_t dim = args.tables[0].embedding_dim;
+  const auto kernels = grad_kernels(row_kernels, dim, scalar_t{});
+  const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(scalar_t));
+  int64_t num_rows = 0;
+  for (int64_t t = 0; t < args.num_tables; ++t) num_rows += args.tables[t].num_embeddings;
+  const int64_t prefetch_bytes = num_rows * row_bytes <= kCachedTableBytes ? 0 : std::min(row_bytes, kPrefetchBytes);
+  const int64_t tile_rows = std::min(kTile, kMaxAddresses / args.num_tables);
+  int64_t rows[kTile];
+  int64_t starts[kMaxAddresses + kPrefetchRows] = {};
+  for (int64_t row = begin; row < end; row += tile_rows) {
+    const int64_t count = std::min(tile_rows, end - row);
+    for (int64_t t = 0; t < args.num_tables; ++t) {
+      const FeTable& table = args.tables[t];
+      indices.read(row, count, t, rows);
+      for (int64_t i = 0; i < count; ++i) {
+        starts[i * args.num_tables + t] = table.weight_offset + rows[i] * table.weight_stride;
+      }
+    }
+    kernels.sum_terms(static_cast<scalar_t*>(args.output) + row * args.output_stride, args.output_stride,
+                      static_cast<const scalar_t*>(args.weight), starts, args.num_tables, count, dim, prefetch_bytes);
+  }
+}
+
+void sum_rows_of(const FeForwardArgs& args, const Indices& indices, const RowKernels& kernels, int64_t begin,
+                 int64_t end) {
+  switch (args.scalar_type) {
+    case FE_FLOAT32:
+      return sum_rows<float>(args, indices, kernels, begin, end);
+    case FE_FLOAT64:
+      return sum_rows<double>(args, indices, kernels, begin, end);
+    case FE_FLOAT16:
+      return sum_rows<Float16>(args, indices, kernels, begin, end);
+    case FE_BFLOAT16:
+      return sum_rows<BFloat16>(args, indices, kernels, begin, end);
+  }
+}
+
+FeStatus forward_of(const FeForwardArgs* args, Combination combination, void* workspace, size_t* workspace_bytes,
+                    const FeCpuContext* context) {
+  if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
+  const bool running = workspace != nullptr;
+  const FeStatus status = check_arguments(args, combination, running, context);
+  if (status != FE_OK) return status;
+  const bool sums = combination == Combination::kSum && args->num_tables > 1;
+  if (sums && args->num_tables > kMaxAddresses) return FE_UNSUPPORTED;
+  if (!running) {
+    *workspace_bytes = 0;
+    return FE_OK;
+  }
+  const Indices indices(*args);
+  const int64_t columns = count_columns(args->tables, args->num_tables, combination);
+  const int64_t row_bytes = columns * scalar_bytes(args->scalar_type);
+  const int64_t read_bytes = sums ? args->num_tables * row_bytes : row_bytes;
+  const RowKernels& kernels = row_kernels();
+  if (args->output_stride == columns) expect_whole_write(args->output, args->num_rows * row_bytes);
+  std::atomic<bool> found{false};
+  const int64_t index_bytes = args->num_tables * static_cast<int64_t>(sizeof(int64_t));
+  Team::run(*context, threads_for(args->num_rows * (read_bytes + row_bytes + index_bytes)), [&](Team::Member& member) {
+    check_indices(indices, args->num_rows, args->tables, args->num_tables, member, &found);
+    if (found.load(std::memory_order_relaxed) || columns == 0) return;
+    member.for_ranges(args->num_rows, task_items(args->num_rows, read_bytes, member.team_size()),
+                      [&](int64_t begin, int64_t end) {
+                        sums ? sum_rows_of(*args, indices, kernels, begin, end)
+                             : gather_rows(*args, indices, kernels, columns, begin, end);
+                      });
+  });
+  if (found.load()) return report_index(indices, args->num_rows, args->tables, args->num_tables, context->index_error);
+  return FE_OK;
+}
+
 }  // namespace
 }  // namespace fast_embedding::cpu
 
 FeStatus fe_cpu_embedding_forward(const FeForwardArgs* args, void* workspace, size_t* workspace_bytes,
                                   const FeCpuContext* context) {
   using namespace fast_embedding::cpu;
-  if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
-  const bool running = workspace != nullptr;
-  FeStatus status = check_arguments(args, running, context);
-  if (status != FE_OK) return status;
-  if (!running) {
-    *workspace_bytes = 0;
-    return FE_OK;
-  }
-  const Indices indices(*args);
-  int64_t columns = 0;
-  for (int64_t t = 0; t < args->num_tables; ++t) columns += args->tables[t].embedding_dim;
-  const int64_t row_bytes = columns * scalar_bytes(args->scalar_type);
-  const RowKernels& kernels = row_kernels();
-  if (args->output_stride == columns) expect_whole_write(args->output, args->num_rows * row_bytes);
-  std::atomic<bool> found{false};
-  const int64_t index_bytes = args->num_tables * static_cast<int64_t>(sizeof(int64_t));
-  Team::run(*context, threads_for(args->num_rows * (2 * row_bytes + index_bytes)), [&](Team::Member& member) {
-    check_indices(indices, args->num_rows, args->tables, args->num_tables, member, &found);
-    if (found.load(std::memory_order_relaxed) || columns == 0) return;
-    member.for_ranges(args->num_rows, task_items(args->num_rows, row_bytes, member.team_size()),
-                      [&](int64_t begin, int64_t end) { gather_rows(*args, indices, kernels, columns, begin, end); });
-  });
-  if (found.load()) return report_index(indices, args->num_rows, args->tables, args->num_tables, context->index_error);
-  return FE_OK;
+  return forward_of(args, Combination::kConcat, workspace, workspace_bytes, context);
+}
+
+FeStatus fe_cpu_embedding_sum_forward(const FeForwardArgs* args, void* workspace, size_t* workspace_bytes,
+                                      const FeCpuContext* context) {
+  using namespace fast_embedding::cpu;
+  return forward_of(args, Combination::kSum, workspace, workspace_bytes, context);
 }

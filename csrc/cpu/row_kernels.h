@@ -49,6 +49,12 @@ struct GradKernels {
   void (*sum_rows)(acc_t* sum, const scalar_t* grad, int64_t grad_stride, const uint64_t* keys, int64_t count,
                    uint64_t position_mask, int64_t dim);
 
+  // Row i < count of output, output_stride elements after the one before: the sum of the `terms` rows that begin at
+  // source + starts[i * terms], source + starts[i * terms + 1], ..., in this order, rounded once.
+  // prefetch_bytes as for GatherFn; starts[count * terms .. count * terms + kPrefetchRows) must be valid places.
+  void (*sum_terms)(scalar_t* output, int64_t output_stride, const scalar_t* source, const int64_t* starts,
+                    int64_t terms, int64_t count, int64_t dim, int64_t prefetch_bytes);
+
   // output[c] = first[c] + rest[c] + rest[stride + c] + ... (`count` of them), rounded once.
   void (*combine)(scalar_t* output, const acc_t* first, const acc_t* rest, int64_t stride, int64_t count, int64_t dim);
 };

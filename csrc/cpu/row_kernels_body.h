@@ -155,7 +155,7 @@ FE_INLINE void narrow(Float16* target, Vec<float, kLanes> value) {
 }
 
 template <int kValue>
-struct Lanes {
+struct Count {
   static constexpr int value = kValue;
 };
 
@@ -165,7 +165,7 @@ template <int kLanes, typename Body>
 FE_INLINE void for_each_tail(int64_t column, int64_t dim, const Body& body) {
   if constexpr (kLanes > 0) {
     if (dim & kLanes) {
-      body(Lanes<kLanes>{}, column);
+      body(Count<kLanes>{}, column);
       column += kLanes;
     }
     for_each_tail<kLanes / 2>(column, dim, body);
@@ -173,7 +173,7 @@ FE_INLINE void for_each_tail(int64_t column, int64_t dim, const Body& body) {
 }
 template <int kLanes, typename Body>
 FE_INLINE void for_each_vector(int64_t column, int64_t dim, const Body& body) {
-  for (; column + kLanes <= dim; column += kLanes) body(Lanes<kLanes>{}, column);
+  for (; column + kLanes <= dim; column += kLanes) body(Count<kLanes>{}, column);
   for_each_tail<kLanes / 2>(column, dim, body);
 }
 
@@ -263,6 +263,39 @@ void sum_rows(accumulator_t<scalar_t>* sum, const scalar_t* grad, int64_t grad_s
       add_row(sum, row(i), dim);
     }
   }
+}
+
+template <typename scalar_t, int kDim>
+void sum_terms(scalar_t* output, int64_t output_stride, const scalar_t* source, const int64_t* starts, int64_t terms,
+               int64_t count, int64_t dim, int64_t prefetch_bytes) {
+  using acc_t = accumulator_t<scalar_t>;
+  if constexpr (kDim > 0) dim = kDim;
+  // A vector's sums stay in registers and are stored once. Each is a chain of additions: a row of a few columns has no
+  // second one to fill its waits, so four rows go together.
+  const auto sum_of = [&](auto rows) __attribute__((always_inline)) {
+    constexpr int kRows = decltype(rows)::value;
+    if (prefetch_bytes > 0) {
+      for (int64_t i = 0; i < kRows * terms; ++i) prefetch(source + starts[i + kPrefetchRows], prefetch_bytes);
+    }
+    for_each_vector<kLanesOf<acc_t>>(0, dim, [&](auto lanes, int64_t column) __attribute__((always_inline)) {
+      constexpr int kLanes = decltype(lanes)::value;
+      Vec<acc_t, kLanes> total[kRows];
+      for (int row = 0; row < kRows; ++row) total[row] = widen<kLanes>(source + starts[row * terms] + column);
+      for (int64_t term = 1; term < terms; ++term) {
+        for (int row = 0; row < kRows; ++row) {
+          total[row] += widen<kLanes>(source + starts[row * terms + term] + column);
+        }
+      }
+      for (int row = 0; row < kRows; ++row) narrow<kLanes>(output + row * output_stride + column, total[row]);
+    });
+    starts += kRows * terms;
+    output += kRows * output_stride;
+  };
+  int64_t i = 0;
+  if (dim <= kLanesOf<acc_t>) {
+    for (; i + 4 <= count; i += 4) sum_of(Count<4>{});
+  }
+  for (; i < count; ++i) sum_of(Count<1>{});
 }
 
 template <typename scalar_t>
@@ -360,7 +393,7 @@ void gather_between(void* output, int64_t output_stride, const void* source, int
 
 template <typename scalar_t, int kDim>
 constexpr GradKernels<scalar_t> kGradKernels = {accumulate<scalar_t, kDim>, sum_rows<scalar_t, kDim>,
-                                                combine<scalar_t>};
+                                                sum_terms<scalar_t, kDim>, combine<scalar_t>};
 
 // The widths of small tables get code of their own; beyond, a row is long enough to hide its loop.
 template <typename scalar_t>

@@ -3,7 +3,8 @@
     forward   (N * 8 indices + U * D * b rows read + N * D * b output) / copy rate
     backward  (N * 8 indices + N * D * b gradient read) / copy rate + V * D * b dense gradient / fill rate
 
-V rows in the table, D columns, N indices, U distinct rows among them, b bytes an element; on the GPU each of the two
+V rows in the table, D columns, N indices, U distinct rows among them, b bytes an element; tables whose rows are added
+share one output and one gradient of it; on the GPU each of the two
 takes at least one launch. Copy and fill rate are measured at the start of a run, on buffers far beyond any cache. On a
 CPU small lookups stay in the caches and can beat this limit.
 """
@@ -46,6 +47,10 @@ class Traffic:
             self.backward + other.backward,
             self.dense_gradient + other.dense_gradient,
         )
+
+    def without(self, num_bytes: int) -> "Traffic":
+        """The same with fewer bytes each way, but for the gradient that is written."""
+        return Traffic(self.forward - num_bytes, self.backward - num_bytes, self.dense_gradient)
 
 
 def traffic(*, num_embeddings: int, embedding_dim: int, num_indices: int, distinct: int, element_size: int) -> Traffic:

@@ -53,6 +53,7 @@ def required_bytes(shape: LookupShape, dtype: torch.dtype) -> int:
     """Device memory that ``run`` may need."""
     return working_set_bytes(
         shape.num_embeddings * shape.embedding_dim,
+        shape.num_embeddings * shape.embedding_dim,
         shape.num_indices * shape.embedding_dim,
         shape.num_indices,
         dtype.itemsize,
@@ -85,7 +86,7 @@ def run(shape: LookupShape, dtype: torch.dtype, session: Session) -> dict[str, o
         **measure(
             contenders(weight, indices, session),
             grad_output,
-            lambda: [exact_gradient(shape.num_embeddings, indices, grad_output)],
+            [lambda: exact_gradient(shape.num_embeddings, indices, grad_output)],
             moved,
             session,
         ),

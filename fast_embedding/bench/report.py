@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .console import Table
-from .measure import BASELINE, COMPILED, INDEX_ADD, OURS, OURS_REPRODUCIBLE
-from .shapes import span
+from .measure import BASELINE, COMPILED, INDEX_ADD, OFFSETS, OURS, OURS_COMPILED, OURS_REPRODUCIBLE
+from .shapes import FBGEMM, span
 
 Record = dict[str, Any]
 Cell = Callable[[Record], float | None]
@@ -80,7 +80,7 @@ def geometric_mean(values: Iterable[float | None]) -> float | None:
 
 def tables(result: Record) -> list[Table]:
     """All tables of one run: per section and dtype the times and what they mean, then the training runs."""
-    sections = {"lookup": ("One table", _lookup_columns), "multi": ("Many tables, concatenated", _multi_columns)}
+    sections = {"lookup": ("One table", _lookup_columns), "multi": ("Many tables", _multi_columns)}
     made = []
     for title, rows, describe in _parts(result, sections):
         made.append(_times(f"{title}: microseconds, median [p10 p90]", rows, describe))
@@ -145,13 +145,17 @@ def _short_multi_columns(record: Record) -> dict[str, str]:
     return {"V x D": f"{record['num_tables']} of {sizes}", "rows": str(record["num_rows"])}
 
 
+def _is_sum(record: Record) -> bool:
+    return record.get("mode") == "sum"
+
+
 def _lookup_columns(record: Record) -> dict[str, str]:
     return _short_lookup_columns(record) | {"indices": _indices_cell(record)}
 
 
 def _multi_columns(record: Record) -> dict[str, str]:
     return {
-        "tables": str(record["num_tables"]),
+        "tables": f"{record['num_tables']}{', summed' if _is_sum(record) else ''}",
         "V x D each": f"{span(record['num_embeddings'])} x {span(record['embedding_dims'])}",
         "rows": str(record["num_rows"]),
         "indices": _indices_cell(record),
@@ -171,10 +175,13 @@ def _times(title: str, records: Sequence[Record], describe: Describe) -> Table:
         columns[f"ours {short}"] = partial(_quantiles_cell, OURS, pass_)
         # The forward is reproducible as it is: the same kernel.
         others = {OURS_REPRODUCIBLE: "reproducible"} if pass_ == "backward" else {}
-        others |= {BASELINE: BASELINE, INDEX_ADD: INDEX_ADD, COMPILED: COMPILED}
+        peers = (BASELINE, INDEX_ADD, OFFSETS, COMPILED, OURS_COMPILED)
+        others |= {name: name for name in peers}
         for contender, name in others.items():
             if _has(records, contender, pass_):
                 columns[f"{name} {short}"] = partial(_median_cell, contender, pass_)
+    if any(map(_fbgemm, records)):
+        columns[f"{FBGEMM} fwd + bwd"] = _fbgemm_cell
     return _table(title, records, describe, columns)
 
 
@@ -184,9 +191,13 @@ def _shares(title: str, records: Sequence[Record], describe: Describe) -> Table:
         numbers[f"of the limit, {short}"] = (partial(_share, pass_), _percent)
     for pass_, short in _PASSES.items():
         numbers[f"x {BASELINE}, {short}"] = (partial(_ratio_to, BASELINE, pass_), _factor)
-    numbers[f"x {INDEX_ADD}, bwd"] = (partial(_ratio_to, INDEX_ADD, "backward"), _factor)
-    if _has(records, COMPILED, "both"):
-        numbers[f"x {COMPILED}, fwd + bwd"] = (partial(_ratio_to, COMPILED, "both"), _factor)
+    if _has(records, INDEX_ADD, "backward"):
+        numbers[f"x {INDEX_ADD}, bwd"] = (partial(_ratio_to, INDEX_ADD, "backward"), _factor)
+    for peer in (OFFSETS, COMPILED):
+        if _has(records, peer, "both"):
+            numbers[f"x {peer}, fwd + bwd"] = (partial(_ratio_to, peer, "both"), _factor)
+    if any(map(_fbgemm, records)):
+        numbers[f"x {FBGEMM}, fwd + bwd"] = (_ratio_to_fbgemm, _factor)
     has_wall = _has(records, OURS, "wall")
     if has_wall:
         numbers[f"x {BASELINE}, wall"] = (partial(_ratio_to, BASELINE, "wall"), _factor)
@@ -223,6 +234,21 @@ def _share(pass_: str, record: Record) -> float | None:
 
 def _ratio_to(baseline: str, pass_: str, record: Record) -> float | None:
     return ratio(record, pass_, baseline=baseline)
+
+
+def _fbgemm(record: Record) -> float | None:
+    """What FBGEMM took for this shape elsewhere; of no use beside the times of a CPU."""
+    on_gpu = any("wall" in times for times in record["times"].values())
+    return record.get("fbgemm_us") if on_gpu else None
+
+
+def _fbgemm_cell(record: Record) -> str:
+    return microseconds(_fbgemm(record))
+
+
+def _ratio_to_fbgemm(record: Record) -> float | None:
+    theirs, ours = _fbgemm(record), median(record, OURS, "both")
+    return None if theirs is None or ours is None else theirs / ours
 
 
 def _number_cell(cell: Cell, text: Callable[[float | None], str], record: Record) -> str:
@@ -385,14 +411,20 @@ the same run, plus 3 us for a launch on a GPU:
     forward   (N * 8 indices + U * D * b rows read + N * D * b output) / copy rate
     backward  (N * 8 indices + N * D * b gradient read) / copy rate + V * D * b dense gradient / fill rate
 
-V rows in the table, D columns, N indices, U distinct rows among them, b bytes an element. On a CPU small shapes stay in
-the caches and may beat it.
+V rows in the table, D columns, N indices, U distinct rows among them, b bytes an element; for many tables the sum over
+them, where tables are summed with one output and one gradient of it. On a CPU small shapes stay in the caches and may
+beat it.
 
 Contenders take turns within one run. On a GPU `fwd` and `bwd` are the device's own time, the L2 flushed before each
 call and the call queued behind a sleeping kernel (`*`: it could not be queued, host time is in it); `wall` is eager
 forward and backward, host included. `index_add_` is `index_select`, whose backward is `zeros.index_add_`.
 `reproducible` runs under `torch.use_deterministic_algorithms(True)`. `extra MB` is the peak of memory beyond inputs and
 gradient. `x nn.Embedding` is how many times as fast as it we are.
+
+With many tables, `nn.Embedding` is one of them a table and `torch.cat` (or additions), `torch.compile` the same
+compiled, `nn.Embedding, offset indices` a single one over all rows, where the tables are of one D. `FBGEMM dense` is
+not of this run: fbgemm_gpu 1.6.0's dense table-batched embedding on an H200, float32, events around forward and
+backward.
 """
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,12 +33,17 @@ Shape = TypeVar("Shape", LookupShape, MultiShape)
 
 @dataclass(frozen=True)
 class Preset:
-    """How much a run does. A shape is measured if it keeps the three sizes."""
+    """How much a run does. A shape is measured if it keeps the three sizes.
+
+    ``multi_effort`` is that of many tables, if it is another: their slowest peers take hundreds of launches a call.
+    """
 
     effort: Effort
     training: TrainingSize
     dtypes: tuple[torch.dtype, ...]
+    multi_effort: Effort | None = None
     reproducible: bool = False
+    compile_chosen: bool = False
     max_indices: float = float("inf")
     max_weight_numel: float = float("inf")
     max_output_numel: float = float("inf")
@@ -85,7 +90,14 @@ _PRESETS = {
     ),
     ("full", "cpu"): Preset(Effort(min_rounds=5, max_rounds=100, seconds=3), _CPU_TRAINING, _BOTH),
     ("quick", "cuda"): Preset(Effort(min_rounds=7, max_rounds=11, seconds=0.25, wall_calls=5), _CUDA_TRAINING, _BOTH),
-    ("full", "cuda"): Preset(Effort(min_rounds=15, max_rounds=31, seconds=1), _CUDA_TRAINING, _BOTH, reproducible=True),
+    ("full", "cuda"): Preset(
+        Effort(min_rounds=15, max_rounds=31, seconds=1),
+        _CUDA_TRAINING,
+        _BOTH,
+        multi_effort=Effort(min_rounds=7, max_rounds=15, seconds=0.2, wall_calls=5),
+        reproducible=True,
+        compile_chosen=True,
+    ),
 }
 
 
@@ -93,11 +105,12 @@ _PRESETS = {
 class Options:
     """What the command line asks for; ``None`` leaves it to the preset or the device.
 
-    ``shape`` is one's own: it alone is measured, without training.
+    ``shape`` is one's own: it alone is measured, without training. ``only`` is one of ``shapes.SECTIONS``.
     """
 
     device: torch.device
     preset: str | None = None
+    only: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     shape: LookupShape | None = None
     compile: bool = False
@@ -130,7 +143,8 @@ def run(options: Options) -> int:
         print(f"this machine is busy (load {busy} on {os.cpu_count()} CPUs): expect noise, on the CPU above all")
     result = measure(options)
 
-    path = options.json or Path("results") / f"bench-{device.type}{'-own' if options.shape else ''}.json"
+    kind = "-own" if options.shape else f"-{options.only}" if options.only else ""
+    path = options.json or Path("results") / f"bench-{device.type}{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(report.to_json(result))
 
@@ -162,10 +176,12 @@ def measure(options: Options) -> dict[str, Any]:
         effort=preset.effort,
         seed=options.seed,
         compile=options.compile,
+        compile_chosen=preset.compile_chosen,
         reproducible=preset.reproducible,
     )
+    multi_session = replace(session, effort=preset.multi_effort or preset.effort)
 
-    trains = options.shape is None
+    trains = options.shape is None and options.only in (None, "training")
     lookup_cases, multi_cases, left_out = _cases(options, preset)
     result: dict[str, Any] = {
         "schema": SCHEMA,
@@ -175,9 +191,10 @@ def measure(options: Options) -> dict[str, Any]:
             "seed": options.seed,
             "compile": options.compile,
             "effort": asdict(preset.effort),
+            "multi_effort": asdict(multi_session.effort),
         },
         "rates": rates.as_dict(),
-        "corpus": streams.text().summary() if trains or lookup_cases[0].distribution == "text" else None,
+        "corpus": streams.text().summary() if trains or any(c.distribution == "text" for c in lookup_cases) else None,
         "lookup": [],
         "multi": [],
         "training": [],
@@ -192,7 +209,7 @@ def measure(options: Options) -> dict[str, Any]:
                 run_case.shape("lookup", case, dtype, lookup.required_bytes, lookup.run, session)
         for multi_case in multi_cases:
             for dtype in dtypes:
-                run_case.shape("multi", multi_case, dtype, multi.required_bytes, multi.run, session)
+                run_case.shape("multi", multi_case, dtype, multi.required_bytes, multi.run, multi_session)
         if trains:
             for train in (training.run_tokens, training.run_tabular):
                 run_case.train(train, preset.training, options.seed)
@@ -214,17 +231,17 @@ def _cases(
         )
 
     def admits_multi(shape: MultiShape) -> bool:
-        sizes = zip(shape.num_embeddings, shape.embedding_dims, strict=True)
         return preset.admits(
             indices=shape.num_rows * shape.num_tables,
-            weight_numel=sum(rows * dim for rows, dim in sizes),
+            weight_numel=shape.weight_numel,
             output_numel=shape.num_rows * sum(shape.embedding_dims),
         )
 
-    all_multi = multi_shapes()
-    lookups = [shape for shape in LOOKUP_SHAPES if admits_lookup(shape)]
+    all_lookups = LOOKUP_SHAPES if options.only in (None, "lookup") else ()
+    all_multi = multi_shapes() if options.only in (None, "multi") else ()
+    lookups = [shape for shape in all_lookups if admits_lookup(shape)]
     multis = [shape for shape in all_multi if admits_multi(shape)]
-    left_out = [shape.label for shape in LOOKUP_SHAPES if shape not in lookups]
+    left_out = [shape.label for shape in all_lookups if shape not in lookups]
     left_out += [shape.label for shape in all_multi if shape not in multis]
     return lookups, multis, [{"case": label, "reason": "larger than this preset measures"} for label in left_out]
 

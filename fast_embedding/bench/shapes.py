@@ -1,5 +1,6 @@
 """The grid of the benchmark: which tables, how many indices, how they are distributed."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 
 from . import streams
+
+# Of a run, and of its record.
+SECTIONS = ("lookup", "multi", "training")
 
 Distribution = Literal["uniform", "zipf", "one", "text"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
@@ -43,13 +47,20 @@ class LookupShape:
 
 @dataclass(frozen=True)
 class MultiShape:
-    """``num_rows`` rows of one index into each of several tables; their embeddings are concatenated."""
+    """``num_rows`` rows of one index into each of several tables; their embeddings are concatenated or added.
+
+    ``compiled`` shapes are measured under ``torch.compile`` too, in float32 and not only on request: compiling takes as
+    long as measuring ten shapes. ``fbgemm_us`` is what FBGEMM took, see ``FBGEMM``.
+    """
 
     num_rows: int
     num_embeddings: tuple[int, ...]
     embedding_dims: tuple[int, ...]
     distribution: str = "uniform"
     note: str = ""
+    mode: str = "concat"
+    compiled: bool = False
+    fbgemm_us: float | None = None
 
     @property
     def num_tables(self) -> int:
@@ -58,17 +69,29 @@ class MultiShape:
     @property
     def label(self) -> str:
         rows, dims = span(self.num_embeddings), span(self.embedding_dims)
-        return f"{self.num_tables} tables of {rows} x {dims}, {self.num_rows} rows {self.distribution}"
+        added = " summed" if self.mode == "sum" else ""
+        return f"{self.num_tables} tables of {rows} x {dims}{added}, {self.num_rows} rows {self.distribution}"
+
+    @property
+    def weight_numel(self) -> int:
+        return sum(rows * dim for rows, dim in zip(self.num_embeddings, self.embedding_dims, strict=True))
+
+    @property
+    def output_dim(self) -> int:
+        return self.embedding_dims[0] if self.mode == "sum" else sum(self.embedding_dims)
 
     def draw(self, seed: int) -> Tensor:
         """int64 ``[num_rows, num_tables]`` on the CPU, the same for each device."""
         if self.distribution == "tabular":
             return streams.tabular(TABULAR_ROWS).rows(self.num_rows)
-        columns = (
-            draw_indices(num_embeddings, self.num_rows, self.distribution, seed + table)
-            for table, num_embeddings in enumerate(self.num_embeddings)
-        )
-        return torch.stack(tuple(columns), dim=1)
+        return _draw_columns(self.num_embeddings, self.num_rows, self.distribution, seed)
+
+
+# A draw from tables of millions of rows takes a second; dtypes and dims of the same tables follow each other closely.
+@functools.lru_cache(maxsize=4)
+def _draw_columns(num_embeddings: tuple[int, ...], num_rows: int, distribution: str, seed: int) -> Tensor:
+    columns = (draw_indices(rows, num_rows, distribution, seed + table) for table, rows in enumerate(num_embeddings))
+    return torch.stack(tuple(columns), dim=1)
 
 
 def draw_indices(num_embeddings: int, num_indices: int, distribution: str, seed: int) -> Tensor:
@@ -125,21 +148,59 @@ TABULAR_ROWS = 262144
 TABULAR_DIMS = (8, 16, 32, 32, 8, 8, 4, 4, 4, 4)
 
 
+# FBGEMM does not run beside us: its figures come from a run of its own, forward and backward of fbgemm_gpu 1.6.0's
+# dense table-batched embedding (sum pooling, bags of one) on an H200, float32, events around the call.
+FBGEMM = "FBGEMM dense"
+
+# The setting of the library that this one continues: ten tables, 1 to 32 columns, 100 to 100000 rows.
+TEN_TABLES = ((100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000), (1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
+
+# Store, day of the week, date and 21 more columns of a retail chain's sales, embedded as its winning models did.
+RETAIL = (
+    (1116, 8, 4, 13, 32, 3, 3, 26, 24, 22, 9, 27, 4, 7, 7, 9, 9, 13, 3, 4, 4, 5, 53, 4),
+    (81, 5, 3, 7, 11, 3, 3, 10, 9, 9, 5, 10, 3, 5, 5, 5, 5, 7, 3, 3, 3, 4, 15, 3),
+)
+
+# The categorical columns of a public log of clicks on advertisements, the largest capped at 4 million.
+_LARGEST = 4_000_000
+CLICK_LOG = (
+    *(_LARGEST, 36746, 17245, 7413, 20243, 3, 7114, 1441, 62, _LARGEST, 1572176, 345138, 10),
+    *(2209, 11267, 128, 4, 974, 14, _LARGEST, _LARGEST, _LARGEST, 452104, 12606, 104, 35),
+)
+
+# What the molecule encoders of graph networks know of an atom; they add the embeddings.
+ATOM_FEATURES = (119, 5, 12, 12, 10, 6, 6, 2, 2)
+
+
 def multi_shapes() -> tuple[MultiShape, ...]:
     """The grid of many tables. A function, because the real table's sizes come from reading it."""
 
-    def alike(tables: int, rows: int, dim: int, num_embeddings: int) -> MultiShape:
-        return MultiShape(rows, (num_embeddings,) * tables, (dim,) * tables)
+    def alike(
+        tables: int, rows: int, dim: int, num_embeddings: int, fbgemm_us: float, compiled: bool = False
+    ) -> MultiShape:
+        sizes = (num_embeddings,) * tables, (dim,) * tables
+        return MultiShape(rows, *sizes, compiled=compiled, fbgemm_us=fbgemm_us)
 
     cardinalities = streams.tabular(TABULAR_ROWS).cardinalities
     return (
         MultiShape(16384, cardinalities, TABULAR_DIMS, "tabular", "standard library source"),
         MultiShape(262144, cardinalities, TABULAR_DIMS, "tabular", "standard library source"),
-        alike(10, 1024, 4, 100),
-        alike(10, 65536, 4, 100),
-        alike(10, 65536, 8, 1000),
-        alike(10, 65536, 32, 1000),
-        alike(10, 65536, 32, 100000),
-        alike(26, 65536, 128, 40000),
-        alike(26, 8192, 16, 1000),
+        alike(10, 1024, 4, 100, fbgemm_us=489, compiled=True),
+        alike(10, 65536, 4, 100, fbgemm_us=645),
+        alike(10, 65536, 8, 1000, fbgemm_us=461),
+        alike(10, 65536, 32, 1000, fbgemm_us=882, compiled=True),
+        alike(10, 65536, 32, 100000, fbgemm_us=753),
+        alike(26, 65536, 128, 40000, fbgemm_us=1523),
+        alike(26, 8192, 16, 1000, fbgemm_us=672),
+        *(MultiShape(rows, *TEN_TABLES, note="the original setting") for rows in (32, 1024, 8192, 65536)),
+        *(MultiShape(rows, *RETAIL, note="retail") for rows in (512, 4096, 65536)),
+        *(
+            MultiShape(rows, CLICK_LOG, (dim,) * len(CLICK_LOG), "zipf", "click log")
+            for dim in (16, 128)
+            for rows in (2048, 16384, 65536)
+        ),
+        *(
+            MultiShape(rows, ATOM_FEATURES, (300,) * len(ATOM_FEATURES), note="atom features", mode="sum")
+            for rows in (3000, 65536)
+        ),
     )
