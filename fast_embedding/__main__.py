@@ -14,6 +14,9 @@ from .bench.shapes import DISTRIBUTIONS, SECTIONS, LookupShape
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
+# Of what the build wrote down, what a person reads; the rest serves the messages.
+_RECORDED = ("distribution", "version", "cuda", "cuda_architectures")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -130,20 +133,24 @@ def _selftest(_: argparse.Namespace) -> int:
 def _info(_: argparse.Namespace) -> int:
     status = _loader.status()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    built = ", ".join(f"{key} {value}" for key, value in (status["built"] or {}).items()) or "nothing recorded"
+    recorded = status["built"] or {}
+    built = ", ".join(f"{key} {_words(recorded[key])}" for key in _RECORDED if recorded.get(key))
     torch_facts = ", ".join(f"{key} {value}" for key, value in status["torch"].items() if key != "version")
     lines = [
         f"fast-embedding {status['version']}",
         f"installed as    {', '.join(f'{n} {v}' for n, v in status['distributions'].items()) or 'no distribution'}",
-        f"built with      {built}",
+        f"built with      {built or 'nothing recorded'}",
+        f"bindings        {_words(status['bindings']) or 'none prebuilt'}",
         f"python          {status['platform']['python']} on {status['platform']['system']}",
         f"torch           {status['torch']['version']} ({torch_facts})",
         *(f"{part:16}{_part_line(status[part])}" for part in ("binding", "cpu", "cuda")),
-        *_gpu_lines(),
+        *_gpu_lines(status["cuda"]),
     ]
     if status["conflict"]:
         lines.append(f"conflict        {status['conflict']}")
     unusable = [device for device in devices if not status[device]["loaded"]]
+    if "cuda" in devices and "cuda" not in unusable and not any(_has_kernels(status["cuda"], n) for n in _gpus()):
+        unusable.append("cuda")
     if not ops.native_platform():
         unusable = []
         lines.append("verdict         works, by PyTorch's own operators: this platform has no native libraries")
@@ -159,23 +166,38 @@ def _part_line(part: dict[str, Any]) -> str:
     if not part["loaded"]:
         return f"not loaded: {part['reason']}"
     details = (
-        f"{key.replace('_', ' ')} {' '.join(value) if isinstance(value, list) else value}"
+        f"{key.replace('_', ' ')} {_words(value)}"
         for key, value in part.items()
         if key not in ("loaded", "path", "reason")
     )
     return ", ".join([f"loaded from {part['path']}", *details])
 
 
-def _gpu_lines() -> list[str]:
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _gpus() -> list[int]:
+    return list(range(torch.cuda.device_count()))
+
+
+def _has_kernels(cuda: dict[str, Any], number: int) -> bool:
+    return _loader.runs_on(cuda["architectures"], torch.cuda.get_device_capability(number))
+
+
+def _gpu_lines(cuda: dict[str, Any]) -> list[str]:
     if not torch.cuda.is_available():
-        return ["gpu             none that torch can use"]
+        driver = environment.driver_version()
+        return [f"gpu             no GPU that torch can use{f', though there is driver {driver}' if driver else ''}"]
     lines = [f"driver          {environment.driver_version() or 'unknown'}"]
-    for number in range(torch.cuda.device_count()):
+    for number in _gpus():
         gpu = torch.cuda.get_device_properties(number)
         lines.append(
             f"cuda:{number:<11}{gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
             f"{gpu.multi_processor_count} multiprocessors, {gpu.total_memory / 2**30:.0f} GiB"
         )
+        if cuda["loaded"] and not _has_kernels(cuda, number):
+            lines[-1] += f": NO kernels for it, build from source with FAST_EMBEDDING_ARCHS={gpu.major}{gpu.minor}"
     return lines
 
 

@@ -34,11 +34,13 @@ class Torch:
     root: Path
     version: str
     cxx11_abi: bool
+    cuda: str | None = None
 
     @staticmethod
     def at(root: Path, cxx11_abi: bool | None = None) -> Torch:
         """The torch in directory `root`; the C++ ABI, if not given, as its CMake files or else its version tell."""
-        match = re.search(r"__version__ = '([^']+)'", (root / "version.py").read_text(encoding="utf-8"))
+        facts = (root / "version.py").read_text(encoding="utf-8")
+        match = re.search(r"__version__ = '([^']+)'", facts)
         if match is None:
             raise BuildError(f"{root / 'version.py'} names no version")
         version = match[1]
@@ -51,12 +53,18 @@ class Torch:
             )
             # Official wheels up to torch 2.6 have the old ABI.
             cxx11_abi = flag[1] == "1" if flag else _minor(version) >= (2, 7)
-        return Torch(root, version, cxx11_abi)
+        cuda = re.search(r"^cuda(?:: [^=]+)? = '([\d.]+)'", facts, re.MULTILINE)
+        return Torch(root, version, cxx11_abi, cuda[1] if cuda else None)
 
     @property
     def is_release(self) -> bool:
         """Whether the version is a release's: one binding fits all releases of a minor, but no development build."""
         return re.fullmatch(r"\d+\.\d+\.\d+(\+.*)?", self.version) is not None
+
+    @property
+    def cxx_standard(self) -> str:
+        """What its headers are written in: C++20 since torch 2.14, and older ones do not all compile as that."""
+        return "c++20" if _minor(self.version) >= (2, 14) else "c++17"
 
     @property
     def binding_name(self) -> str:
@@ -132,7 +140,7 @@ def binding(csrc: Path, torch: Torch, work: Path, output: Path) -> Library:
     # would need another runtime than torch's wheels bring.
     openmp = [] if _is_clang(cxx) else ["-fopenmp"]
     flags = [
-        *("-std=c++17", "-O2", "-DNDEBUG", "-fvisibility-inlines-hidden", *openmp),
+        *(f"-std={torch.cxx_standard}", "-O2", "-DNDEBUG", "-fvisibility-inlines-hidden", *openmp),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}",
         *("-isystem", str(torch.root / "include")),
         *("-isystem", str(torch.root / "include/torch/csrc/api/include")),
@@ -189,8 +197,9 @@ def cuda_library(csrc: Path, architectures: list[str], work: Path, output: Path)
     inputs = [step.output for step in objects]
     # The runtime is torch's own, already in the process; the paths serve who loads the library without torch.
     rpath = ":".join(_CUDA_RPATHS)
-    link = [nvcc, "-shared", "-cudart", "shared", "-o", str(output), *map(str, inputs)]
-    link += ["-Xlinker", f"-rpath={rpath}", "-Xlinker", "-z,defs", "-Xlinker", "-s"]
+    link = [nvcc, "-shared", "-cudart", "shared", "-cudadevrt", "none", "-o", str(output), *map(str, inputs)]
+    # CUB's NVTX opens a library; before glibc 2.34 dlopen is in one of its own.
+    link += ["-ldl", "-Xlinker", f"-rpath={rpath}", "-Xlinker", "-z,defs", "-Xlinker", "-s"]
     return Library(objects, Step(link, output, inputs))
 
 

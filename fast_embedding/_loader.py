@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +28,9 @@ from . import _build
 
 _PACKAGE = Path(__file__).resolve().parent
 _LIBRARIES = _PACKAGE / "lib"
+
+# The oldest whose C++ interface the binding is written for.
+_OLDEST_TORCH = "2.4"
 
 _logger = logging.getLogger("fast_embedding")
 
@@ -74,9 +78,19 @@ def load() -> None:
         raise RuntimeError(binding.reason)
 
 
-# torch.compiler.assume_constant_result(load), which would import all of torch._dynamo: Dynamo calls load() while it
-# traces and leaves it out of the graph.
-load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _make_load_while_tracing() -> Callable[[], None]:
+    # Dynamo of torch 2.4 binds what the call returns to a global variable of the function's own name, in the module
+    # that it compiles: it must be nobody's.
+    def fast_embedding_loaded() -> None:
+        load()
+
+    # torch.compiler.assume_constant_result(...), which would import all of torch._dynamo.
+    fast_embedding_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fast_embedding_loaded
+
+
+# load() for code that torch.compile traces: Dynamo calls it while it traces and leaves it out of the graph.
+load_while_tracing = _make_load_while_tracing()
 
 
 def require(device_type: str) -> None:
@@ -120,8 +134,8 @@ def status() -> dict[str, Any]:
 
     Returns:
         Plain data: "version", "distributions" (name to version), "conflict" (text or None), "built" (what the build
-        recorded, or None), "torch", "platform", and for each of "binding", "cpu" and "cuda" a dict of "loaded",
-        "path", "reason" (None if loaded) and details.
+        recorded, or None), "torch", "platform", "bindings" (the names of those that the package holds), and for each
+        of "binding", "cpu" and "cuda" a dict of "loaded", "path", "reason" (None if loaded) and details.
     """
     state = _state or _load_once()
     absent = _Part(reason=state.binding.reason)
@@ -137,6 +151,7 @@ def status() -> dict[str, Any]:
             "hip": torch.version.hip,
             "cxx11_abi": _cxx11_abi(),
         },
+        "bindings": _prebuilt(),
         "binding": state.binding.describe(),
         "cpu": state.devices.get("cpu", absent).describe(),
         "cuda": state.devices.get("cuda", absent).describe(),
@@ -174,6 +189,11 @@ def _load_binding() -> _Part:
     if not native_platform():
         return _Part(reason=f"fast-embedding has native libraries for Linux only; this is {sys.platform}")
     installed = _build.Torch(Path(torch.__file__).parent, torch.__version__, _cxx11_abi())
+    if not _new_enough(torch.__version__):
+        return _Part(
+            reason=f"fast-embedding {_version()} needs torch {_OLDEST_TORCH} or newer; you have torch "
+            f"{torch.__version__}; pip install 'torch>={_OLDEST_TORCH}'"
+        )
     prebuilt = _LIBRARIES / installed.binding_name
     problem = ""
     if installed.is_release and prebuilt.exists():
@@ -187,11 +207,17 @@ def _load_binding() -> _Part:
         torch.ops.load_library(str(compiled))
         return _Part(compiled, details={"origin": "compiled here"})
     except (OSError, _build.BuildError) as error:
-        have = ", ".join(sorted(path.stem for path in _LIBRARIES.glob("torch*.so"))) or "no torch in particular"
+        have = ", ".join(_prebuilt()) or "no torch in particular"
         return _Part(
             reason=f"fast-embedding {_version()} was built for {have}; you have torch {torch.__version__} "
             f"(C++ ABI {int(_cxx11_abi())}).{problem} Compiling a binding for it failed: {error}{_conflict_note()}"
         )
+
+
+def _prebuilt() -> list[str]:
+    """Names of the bindings that the package holds, by torch minor."""
+    names = [path.stem for path in _LIBRARIES.glob("torch*.so")]
+    return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
 
 def _compiled_binding(installed: _build.Torch) -> Path:
@@ -243,6 +269,10 @@ def _hold(lock: IO[str]) -> None:
         _logger.debug("no lock on %s", lock.name)
 
 
+def _new_enough(version: str) -> bool:
+    return tuple(map(int, version.split(".")[:2])) >= tuple(map(int, _OLDEST_TORCH.split(".")))
+
+
 def _cxx11_abi() -> bool:
     return bool(torch.compiled_with_cxx11_abi())
 
@@ -269,17 +299,22 @@ def _load_cuda(binding: ctypes.CDLL) -> _Part:
     wanted = _wanted_distribution(torch.version.cuda)
     advice = f"{f'pip install {wanted}, or ' if wanted else ''}build from source with nvcc on PATH"
     path = _LIBRARIES / "libfast_embedding_cuda.so"
+    info = _build_info() or {}
     if not path.exists():
+        why = info.get("cuda_missing")
         return _Part(
-            reason=f"fast-embedding {_version()} was built for the CPU alone; {have}; {advice}{_conflict_note()}"
+            reason=f"fast-embedding {_version()} was built for the CPU alone{f' ({why})' if why else ''}; {have}; "
+            f"{advice}{_conflict_note()}"
         )
-    built = (_build_info() or {}).get("cuda", "of unknown version")
+    built = info.get("cuda") or "of unknown version"
     if built.split(".")[0] != torch.version.cuda.split(".")[0]:
         return _Part(
             reason=f"fast-embedding {_version()} was built for CUDA {built}; {have}; {advice}{_conflict_note()}"
         )
     error = binding.fe_binding_load(b"cuda", str(path).encode())
     if error is not None:
+        if b"libcudart" in error and info.get("cuda_requirement"):
+            advice = f"pip install '{info['cuda_requirement']}', or {advice}"
         return _Part(
             reason=f"fast-embedding {_version()} was built for CUDA {built}; {have}; its kernels do not load "
             f"({error.decode()}); {advice}{_conflict_note()}"
@@ -292,6 +327,19 @@ def _load_cuda(binding: ctypes.CDLL) -> _Part:
         "architectures": library.fe_cuda_architectures().decode().split(),
     }
     return _Part(path, details=details)
+
+
+def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability has code among `architectures`, "sm_90" or, for the driver to compile,
+    "compute_90"."""
+    major, minor = capability
+    for architecture in architectures:
+        kind, number = architecture.split("_")
+        built = divmod(int(number), 10)
+        # A GPU runs what was compiled for its own major and no newer minor; PTX serves all that is newer.
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
+            return True
+    return False
 
 
 def _dotted(version: int) -> str:

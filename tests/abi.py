@@ -11,7 +11,7 @@ FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 INT32, INT64 = range(2)
 OWN, PRIVATE, TILE, SORT = range(4)
 STRATEGIES = {OWN: "own", PRIVATE: "private", TILE: "tile", SORT: "sort"}
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class Table(Structure):
@@ -71,7 +71,7 @@ class PlanQuery(Structure):
 
 
 class Plan(Structure):
-    _fields_ = [(name, c_int32) for name in ("strategy", "tile", "segment", "threads", "splits", "float32_scratch")]
+    _fields_ = [(name, c_int32) for name in ("strategy", "tile", "digit_bits", "sort_tile", "threads", "splits", "float32_scratch")]
 
     def __repr__(self):
         return f"Plan({', '.join(f'{name}={getattr(self, name)}' for name, _ in self._fields_)})"

@@ -34,7 +34,7 @@ def device(request):
     return cuda_device() if request.param == "cuda" else torch.device("cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")  # so that it comes before fixtures of a module, which need what it looks for
 def cuda():
     """The GPU, for tests of what exists there alone."""
     if "cuda" not in DEVICES:

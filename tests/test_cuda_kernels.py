@@ -165,7 +165,11 @@ def plans_for(problem, library, deterministic=False):
     """All plans that fit: the table's own, and each strategy with the shortest and longest of its parameters."""
     sixteen_bit = problem.dtype in (torch.float16, torch.bfloat16)
     plans = [abi.Plan(abi.TILE, tile=tile, float32_scratch=sixteen_bit) for tile in (256, 768, 1024)]
-    plans += [abi.Plan(abi.SORT, segment=segment) for segment in (8, 64)]
+    plans += [
+        abi.Plan(abi.SORT, tile=1024, digit_bits=10, sort_tile=8192),
+        abi.Plan(abi.SORT, tile=256, digit_bits=8, sort_tile=4096),  # as on devices with little shared memory
+        abi.Plan(abi.SORT, tile=32, digit_bits=4, sort_tile=512),  # several passes, several tiles a chunk
+    ]
     rows = problem.sizes[0][0]
     if len(problem.sizes) == 1 and problem.num_rows <= 2048:
         plans.append(abi.Plan(abi.OWN))
@@ -268,7 +272,7 @@ def test_a_row_with_a_million_indices(library):
 
 def test_workspace_that_is_too_small_is_refused(library):
     problem = Problem([(50000, 8)], 1000, torch.float32)
-    plan = abi.Plan(abi.SORT, segment=16)
+    plan = abi.Plan(abi.SORT, tile=256, digit_bits=10, sort_tile=8192)
     args = abi.BackwardArgs(
         *problem.lookup(), problem.grad_output.data_ptr(), 8, problem.grad_weight.data_ptr(), problem.numel, 0
     )
@@ -285,7 +289,9 @@ def test_plans_that_do_not_fit_are_refused(library):
         abi.Plan(abi.PRIVATE, threads=1024, splits=132),  # more shared memory than there is
         abi.Plan(abi.TILE, tile=100),
         abi.Plan(abi.TILE, tile=2048),
-        abi.Plan(abi.SORT, segment=0),
+        abi.Plan(abi.SORT, tile=0, digit_bits=10, sort_tile=8192),
+        abi.Plan(abi.SORT, tile=256, digit_bits=0, sort_tile=8192),
+        abi.Plan(abi.SORT, tile=256, digit_bits=10, sort_tile=16384),
         abi.Plan(9),
     ):
         with pytest.raises(AssertionError, match="status 1"):

@@ -8,11 +8,13 @@ import os
 import re
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import fast_embedding
+from fast_embedding import _loader
 from fast_embedding.bench import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +76,9 @@ def test_the_distribution_has_the_version_of_the_package():
 
 
 @needs_tree
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", ".ci/run", "docker/Dockerfile", ".github/workflows"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "CONTRIBUTING.md", "docs/distribution.md", ".ci/run", ".github/workflows"]
+)
 def test_named_make_targets_exist(path):
     where = ROOT / path
     files = sorted(where.glob("*.yml")) if where.is_dir() else [where]
@@ -130,7 +134,8 @@ def test_no_file_names_a_path_of_one_machine_or_a_registry():
 
 @needs_tree
 def test_scripts_are_executable():
-    for path in [".ci/run", "docker/entrypoint", *(str(p.relative_to(ROOT)) for p in (ROOT / "tools").iterdir())]:
+    tools = [str(p.relative_to(ROOT)) for p in (ROOT / "tools").rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    for path in [".ci/run", "docker/entrypoint", *tools]:
         if read(path).startswith("#!"):
             assert os.access(ROOT / path, os.X_OK), path
 
@@ -156,43 +161,93 @@ def matrix():
 
 @needs_tree
 def test_the_build_matrix_is_whole(matrix):
-    newest = max(matrix["cpu"]["torch"], key=as_tuple)
-    assert matrix["cpu"]["torch"] == sorted(matrix["cpu"]["torch"], key=as_tuple)
+    every = matrix["cpu"]["torch"]
+    cudas = [row["cuda"] for row in matrix.values() if "cuda" in row]
+    assert every == sorted(every, key=as_tuple)
+    assert cudas == sorted(cudas, key=as_tuple)
     for name, row in matrix.items():
-        assert set(row["torch"]) <= set(matrix["cpu"]["torch"]), "the CPU wheel has a binding for every torch"
-        assert row["image"]
-        if name != "cpu":
-            assert name == "cu" + row["cuda"].replace(".", "")
-            assert row["archs"] == sorted(row["archs"], key=int)
-            assert re.search(rf">={row['cuda']},<{as_tuple(row['cuda'])[0] + 1}$", row["requirement"])
-    assert (
-        newest in max((row for row in matrix.values() if "cuda" in row), key=lambda row: as_tuple(row["cuda"]))["torch"]
-    )
+        assert set(row["torch"]) <= set(every), "every wheel has a binding for every torch"
+        assert row["registry"]
+        assert [torch for torch in row["torch"] if torch in row["registry"]] == row["registry"]
+        assert "x86_64" in row["image"]
+        if name == "cpu":
+            continue
+        assert name == "cu" + row["cuda"].replace(".", "")
+        assert row["archs"] == sorted(row["archs"], key=int)
+        assert re.search(rf">={row['cuda']},<{as_tuple(row['cuda'])[0] + 1}$", row["requirement"])
+        assert row["compiler"] == f"nvcc {row['cuda']}"
+        assert all(image.endswith(f":cuda{row['cuda']}") for image in row["image"].values())
+    # The registry has one build of each torch, so a minor belongs to one row.
+    tested = [torch for name, row in matrix.items() if name != "cpu" for torch in row["registry"]]
+    assert tested == every
+    assert every[-1] in list(matrix.values())[-1]["torch"]
 
 
 @needs_tree
 def test_what_cannot_read_the_build_matrix_agrees_with_it(matrix):
-    oldest, newest = matrix["cpu"]["torch"][0], matrix["cpu"]["torch"][-1]
+    every = matrix["cpu"]["torch"]
     variants = [row["cuda"] for row in matrix.values() if "cuda" in row]
 
-    tested = [minor(torch) for torch in re.findall(r'torch: "([\d.]+)"', read(".github/workflows/test.yml"))]
-    assert tested == [oldest, newest]
+    workflow = read(".github/workflows/test.yml")
+    tested = [minor(torch) for torch in re.findall(r'torch: "([\d.]+)"', workflow)]
+    assert tested == [every[0], every[-1]]
+    between = re.search(r"torch: \[(.+)\]", workflow)[1]
+    assert [minor(torch) for torch in re.findall(r'"([\d.]+)"', between)] == every[1:-1]
     (default,) = re.findall(r"^TORCH \?= torch==([\d.]+)$", read("Makefile"), re.MULTILINE)
-    assert minor(default) == newest
+    assert minor(default) in every
 
     docker = read("docker/Dockerfile")
     variant = re.search(r"^ARG CUDA=(\w+)$", docker, re.MULTILINE)[1]
     assert minor(re.search(r"^ARG CUDA_IMAGE=([\d.]+)$", docker, re.MULTILINE)[1]) == matrix[variant]["cuda"]
-    for torch in re.findall(r"^ARG TORCH=torch==([\d.]+)$", docker, re.MULTILINE):
-        assert minor(torch) in matrix[variant]["torch"]
+    built, run = re.findall(r"^ARG TORCH=([\d.]+)$", docker, re.MULTILINE)
+    assert built == run
+    assert minor(run) in matrix[variant]["torch"]
 
     gpu = read(".github/workflows/gpu.yml")
     variant = re.search(r"CUDA=(cu\d+)", gpu)[1]
     assert minor(re.search(r"TORCH: torch==([\d.]+)", gpu)[1]) in matrix[variant]["torch"]
 
+    published = re.findall(r"distribution: fast-embedding(?:-(\w+))?,", read(".github/workflows/wheels.yml"))
+    assert published == ["" if name == "cpu" else name for name in matrix]
+
     compatibility = re.search(r"^\| CUDA \| ([\d.]+) to ([\d.]+),", read("README.md"), re.MULTILINE)
     assert [compatibility[1], compatibility[2]] == [variants[0], variants[-1]]
-    assert re.search(rf"^\| torch \| {re.escape(oldest)} and newer;", read("README.md"), re.MULTILINE)
+    assert re.search(rf"^\| torch \| {re.escape(every[0])} and newer;", read("README.md"), re.MULTILINE)
+    assert f'"torch>={every[0]}"' in read("setup.py")
+    assert every[0] == _loader._OLDEST_TORCH
+
+
+@needs_tree
+def test_the_table_of_the_docs_is_the_build_matrix(matrix):
+    rows = [line for line in read("docs/distribution.md").splitlines() if line.startswith("| `fast-embedding")]
+    expected = []
+    for name, row in matrix.items():
+        package = "fast-embedding" if name == "cpu" else f"fast-embedding-{name}"
+        torches = f"{row['torch'][0]} to {row['torch'][-1]}"
+        archs = ", ".join(f"{arch[:-1]}.{arch[-1]}" for arch in row.get("archs", []))
+        runtime = f"`{row['requirement']}`" if "requirement" in row else ""
+        images = ", ".join(f"`{image}`" for image in row["image"].values())
+        expected.append(f"| `{package}` | {torches} | {archs} | {runtime} | {images} |")
+    assert rows == expected
+
+
+@needs_tree
+@pytest.mark.parametrize("extent", ["small", "full"])
+def test_the_jobs_of_the_wheels_are_the_build_matrix(matrix, extent):
+    printed = subprocess.run(
+        [sys.executable, "tools/wheel-jobs", extent], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    builds, tests = (json.loads(line.partition("=")[2]) for line in printed.splitlines())
+    made = {(build["variant"], build["machine"]) for build in builds}
+    if extent == "full":
+        assert made == {(name, machine) for name, row in matrix.items() for machine in row["image"]}
+    else:
+        assert made == {("cpu", "x86_64"), (list(matrix)[-1], "x86_64")}
+    assert {(test["variant"], test["machine"], test["torch"]) for test in tests} == {
+        (variant, machine, torch)
+        for variant, machine in made
+        for torch in (matrix[variant]["registry"][0], matrix[variant]["registry"][-1])
+    }
 
 
 def as_tuple(version: str) -> tuple[int, ...]:

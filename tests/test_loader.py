@@ -98,6 +98,60 @@ def test_a_failing_compiler_is_quoted(package):
     assert "out of luck" in run(package, CXX=str(compiler)).stderr
 
 
+def test_a_binding_that_is_not_there_is_compiled_once(package):
+    """A torch newer than the package: its source compiles against that torch's headers, without nvcc."""
+    remove_binding(package)
+    (package / "lib/libfast_embedding_cuda.so").unlink(missing_ok=True)
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    first = run(package, CXX=compiler)
+    assert first.stdout == "torch.Size([5000, 2])\n", first.stderr
+    assert "compiling the binding" in first.stderr
+    (compiled,) = (package.parent.parent / "cache").glob("*/*.so")
+    assert compiled.name.startswith(f"torch{torch.__version__}_abi")
+    again = run(package, CXX="false")
+    assert again.stdout == "torch.Size([5000, 2])\n", again.stderr
+    assert again.stderr == ""
+
+
+def test_a_torch_that_is_too_old_is_not_tried(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.3.1+cu121")
+    reason = _loader._load_binding().reason
+    assert "needs torch 2.4 or newer; you have torch 2.3.1+cu121; pip install 'torch>=2.4'" in reason
+
+
+def test_why_there_are_no_gpu_kernels(monkeypatch, tmp_path):
+    """Each of the ways to have the wrong CUDA, with what to do."""
+
+    class Binding:
+        def fe_binding_load(self, *_):
+            return b"libcudart.so.12: cannot open shared object file: No such file or directory"
+
+    def reason(library=True, **info):
+        monkeypatch.setattr(_loader, "_build_info", lambda: {"cuda_variants": ["12.1", "12.4", "13.0"], **info})
+        folder = tmp_path / str(library)
+        folder.mkdir(exist_ok=True)
+        if library:
+            (folder / "libfast_embedding_cuda.so").touch()
+        monkeypatch.setattr(_loader, "_LIBRARIES", folder)
+        return _loader._load_cuda(Binding()).reason
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is built without CUDA" in reason()
+    monkeypatch.setattr(torch.version, "cuda", "12.5")
+    assert "was built for the CPU alone (it was built without nvcc on PATH); you have" in reason(
+        library=False, cuda_missing="it was built without nvcc on PATH"
+    )
+    other = reason(cuda="13.0")
+    assert "was built for CUDA 13.0; you have torch" in other
+    assert "(CUDA 12.5); pip install fast-embedding-cu124, or build from source" in other
+    lost = reason(cuda="12.4", cuda_requirement="nvidia-cuda-runtime-cu12>=12.4,<13")
+    assert "its kernels do not load (libcudart.so.12: cannot open" in lost
+    assert "; pip install 'nvidia-cuda-runtime-cu12>=12.4,<13', or" in lost
+
+
 def test_no_kernels(package):
     (package / "lib/libfast_embedding_cpu.so").unlink()
     message = last_line(run(package))

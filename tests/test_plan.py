@@ -33,7 +33,9 @@ def plan(library):
         (2, 768, 16384, abi.TILE),
         (256, 64, 65536, abi.TILE),
         (119, 300, 100000, abi.TILE),
-        (50257, 768, 131072, abi.TILE),
+        (50257, 768, 16384, abi.TILE),
+        (50257, 768, 131072, abi.SORT),
+        (65536, 64, 1 << 20, abi.TILE),
         (1000, 64, 128, abi.OWN),
         (10, 4, 1024, abi.OWN),
         (10, 4, 2048, abi.TILE),
@@ -62,8 +64,22 @@ def test_deterministic_strategies(plan, v, d, n, strategy):
 @pytest.mark.parametrize("scalar_type", SIXTEEN_BIT)
 def test_sixteen_bits_sort_where_the_float32_copy_is_too_large(plan, scalar_type):
     assert plan(50257, 768, 16384, scalar_type).strategy == abi.SORT
+    assert plan(10000, 256, 16384, scalar_type).strategy == abi.SORT
     small = plan(1000, 32, 262144, scalar_type)
     assert (small.strategy, small.float32_scratch) == (abi.TILE, 1)
+
+
+@pytest.mark.parametrize("scalar_type", SIXTEEN_BIT)
+def test_sixteen_bits_sort_where_atomics_cost_more(plan, scalar_type):
+    assert plan(119, 300, 100000, scalar_type).strategy == abi.SORT
+    assert plan(1000, 768, 16384, scalar_type).strategy == abi.SORT
+    assert plan(33, 1280, 32768, scalar_type).strategy == abi.TILE  # a handful of rows: few atomics
+    assert plan(256, 64, 65536, scalar_type).strategy == abi.TILE
+
+
+def sort_shared_bytes(plan):
+    """Entries that are put in order, two counters of 32 bits a digit, one of 16 bits for each of 16 warps and for all."""
+    return 8 * plan.sort_tile + (1 << plan.digit_bits) * (2 * 4 + 17 * 2)
 
 
 @pytest.mark.parametrize("device", [H200, T4], ids=["H200", "T4"])
@@ -91,7 +107,8 @@ def test_every_plan_is_one_that_its_kernel_takes(plan, scalar_type, deterministi
                         assert not chosen.float32_scratch or v * d * 4 <= 8 << 20
                     else:
                         assert chosen.strategy == abi.SORT
-                        assert 8 <= chosen.segment <= 1024
+                        assert chosen.tile in range(64, 1025, 32)
+                        assert sort_shared_bytes(chosen) <= device.shared_bytes_per_block - 1024
 
 
 def test_sizes_that_32_bits_do_not_hold_are_unsupported(plan):

@@ -168,14 +168,13 @@ FeStatus launch(const FePlan& plan, PrivateParams params, const DeviceInfo& devi
   if (shared_bytes > device.properties.shared_bytes_per_block || slices > device.properties.num_sms) {
     return FE_INVALID_ARGUMENT;
   }
-  const FeStatus status = check_cuda(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-      "backward_private shared memory");
+  // The same limit in every call: threads that launch at the same time must not lower each other's.
+  const FeStatus status = check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                          static_cast<int>(device.properties.shared_bytes_per_block)),
+                                     "backward_private shared memory");
   if (status != FE_OK) return status;
-  void* arguments[] = {&params};
-  return check_cuda(cudaLaunchCooperativeKernel(kernel, dim3(splits, slices), dim3(plan.threads), arguments,
-                                                static_cast<size_t>(shared_bytes), stream),
-                    "backward_private");
+  return launch_cooperative(kernel, dim3(splits, slices), dim3(plan.threads), shared_bytes, params, stream,
+                            "backward_private");
 }
 
 }  // namespace

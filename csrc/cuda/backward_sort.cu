@@ -1,325 +1,217 @@
-// SORT: a stable radix sort of (row, position) pairs, then sums over the runs of equal rows. Reproducible, and exact to
-// one rounding for 16-bit gradients of any size.
+// SORT: the lookups are sorted by row, and each row's sum is written once, over zeros. Reproducible, one rounding for
+// 16-bit types, no atomics.
 //
-//   1. the gradient is zeroed and the sort keys are written;
-//   2. cub::DeviceRadixSort on as many bits as the rows need;
-//   3. a lane group sums `segment` consecutive entries: runs inside its segment go to the gradient with plain stores,
-//      the runs that it shares with a neighbour become partial sums, at most two a segment;
-//   4. the partial sums are again a list sorted by row: step 3 repeats on it until one segment is left. Each level is
-//      shorter by kEdgeSegment / 2, so a row with 10^6 indices takes four.
-//
-// All tables of a call are sorted together: a key is the table's first key plus the index.
-#include <cub/device/device_radix_sort.cuh>
+//   1. sort_indices.cu sorts, and writes the zeros while its blocks wait for each other;
+//   2. a block sums a part of the sorted list, an equal share whatever the distribution. A run of lookups that reaches
+//      over parts is put together by the block of the part where it ends: the blocks before leave their partial sums
+//      and raise a flag, and it looks back at them (decoupled look-back, Merrill and Garland 2016). Blocks start in the
+//      order of their numbers, so what is waited for is under way.
+#include <algorithm>
+#include <vector>
 
-#include "common.cuh"
+#include "runs.cuh"
+#include "sort_indices.cuh"
 
 namespace fast_embedding {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 3;
-constexpr int kUnroll = 4;        // gradient loads in flight in a thread
-constexpr int kEdgeSegment = 64;  // partial sums that a lane group sums
+constexpr int kUnroll = 4;  // gradient loads in flight in a thread
 constexpr int kMaxLanes = 64;
-constexpr int kMaxTables = 64;            // in one sort: the parameters of a kernel end at 4 KB
-constexpr uint32_t kNoSum = 0x80000000u;  // marks an entry of the edge list that only keeps a run together
+constexpr int kMaxPart = 1024;
 constexpr int64_t kAlignment = 256;
+constexpr unsigned kFullWarp = 0xffffffffu;
 
-struct SortTable {
-  uint32_t first_key;
-  int32_t num_embeddings;
+enum Flag : uint32_t {
+  kPending = 0,
+  kGoesThrough = 1,  // the part is of one run, which began earlier and goes on
+  kBegins = 2,       // the run that goes on begins in this part
+};
+
+struct SumTable {
+  const Lookup* lookups;
   int64_t weight_offset;
-  int64_t padding_idx;
+  int64_t first_work;
+  uint32_t num_embeddings;
   int32_t embedding_dim;
   int32_t first_column;
+  int32_t lanes;
+  int32_t chunks;  // work item first_work + i is column chunk i % chunks of part i / chunks
 };
 
-struct SortParams {
-  SortTable table[kMaxTables];
+struct SumParams {
+  SumTable table[kMaxSortTables];
   int32_t num_tables;
-  Divisor tables_divisor;
-  int32_t max_embedding_dim;
-  uint32_t num_keys;  // the key of padding, above all rows
-  FeIndexType index_type;
-  const void* indices;  // of the first table
-  int64_t index_row_stride;
-  int64_t index_table_stride;
+  uint32_t num_rows;
+  int32_t part;
   const void* grad_output;
   int64_t grad_output_stride;
-  int64_t num_entries;  // num_rows * num_tables; entry e is row e / num_tables, table e % num_tables
   void* grad_weight;
-  int64_t grad_weight_numel;
-  int32_t zero_first;
+  uint32_t* flags;  // [work]
+  void* partials;   // [work, partial_stride] accumulators
+  int32_t partial_stride;
 };
 
-// A level of step 3 and 4.
-struct Level {
-  const uint32_t* keys;       // sorted; at the edge levels with kNoSum marks
-  const uint32_t* positions;  // first level: the entry that stands here
-  const void* sums;           // edge levels: [num_entries, max_embedding_dim] accumulators
-  int64_t num_entries;
-  int32_t segment;
-  uint32_t* edge_keys;  // [2 * segments]
-  void* edge_sums;      // [2 * segments, max_embedding_dim]
+template <typename scalar_t, int kSize>
+struct SumShared {
+  Lookup lookup[kMaxPart];
+  uint32_t length;
+  uint32_t behind;  // parts that the first run reaches back
+  Edges<acc_t<scalar_t>, kSize, kThreads> edges;
+  Pack<acc_t<scalar_t>, kSize> incoming[kMaxLanes];
 };
 
-__global__ void __launch_bounds__(kThreads)
-    write_keys(const __grid_constant__ SortParams params, uint32_t* keys, uint32_t* positions) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t entry = thread; entry < params.num_entries; entry += num_threads) {
-    const uint32_t row = params.tables_divisor.quotient(static_cast<uint32_t>(entry));
-    const uint32_t t = static_cast<uint32_t>(entry) - row * params.num_tables;
-    const SortTable& table = params.table[t];
-    const int64_t index =
-        load_index(params.indices, params.index_type, row * params.index_row_stride + t * params.index_table_stride);
-    check_index(index, table.num_embeddings);
-    keys[entry] = index == table.padding_idx ? params.num_keys : table.first_key + static_cast<uint32_t>(index);
-    positions[entry] = static_cast<uint32_t>(entry);
-  }
+__device__ inline const SumTable& table_of_work(const SumParams& params, int64_t work) {
+  int t = params.num_tables - 1;
+  while (params.table[t].first_work > work) --t;
+  return params.table[t];
 }
 
-__device__ inline const SortTable& table_of_key(const SortParams& params, uint32_t key) {
-  int low = 0, high = params.num_tables - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (params.table[middle].first_key <= key) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
+// How many parts before `work` the run that comes into it reaches back. The first warp calls.
+__device__ inline uint32_t look_back(const SumParams& params, int64_t work, int chunks) {
+  const int lane = threadIdx.x % 32;
+  uint32_t behind = 0;
+  while (true) {
+    const int64_t at = work - (behind + lane + 1) * static_cast<int64_t>(chunks);
+    const uint32_t flag = at >= 0 ? *static_cast<volatile uint32_t*>(params.flags + at) : kPending;
+    const unsigned begins = __ballot_sync(kFullWarp, flag == kBegins);
+    const unsigned needed = begins ? begins ^ (begins - 1) : kFullWarp;  // up to the nearest part that begins a run
+    if ((__ballot_sync(kFullWarp, flag != kPending) & needed) != needed) continue;
+    behind += __popc(needed);
+    if (begins) return behind;
   }
-  return params.table[low];
-}
-
-// What a lane group adds to its sums: nothing, or a pack of columns.
-template <typename source_t>
-struct Addend {
-  uint32_t key;
-  const source_t* address;  // null: nothing
-};
-
-// Entry i of the level's list, seen by the threads that own `column`.
-template <typename scalar_t, bool kOneTable>
-__device__ inline Addend<scalar_t> read_entry(const SortParams& params, const Level& level, int64_t i, int column) {
-  const uint32_t key = __ldg(level.keys + i);
-  const uint32_t entry = __ldg(level.positions + i);
-  const scalar_t* grad_output = static_cast<const scalar_t*>(params.grad_output);
-  if (key == params.num_keys) return {key, nullptr};
-  if constexpr (kOneTable) {
-    return {key, grad_output + entry * params.grad_output_stride + column};
-  } else {
-    const uint32_t row = params.tables_divisor.quotient(entry);
-    const SortTable& table = params.table[entry - row * params.num_tables];
-    if (column >= table.embedding_dim) return {key, nullptr};
-    return {key, grad_output + row * params.grad_output_stride + table.first_column + column};
-  }
-}
-
-template <typename sum_t>
-__device__ inline Addend<sum_t> read_edge(const SortParams& params, const Level& level, int64_t i, int column) {
-  const uint32_t key = level.keys[i];
-  const sum_t* sums = static_cast<const sum_t*>(level.sums);
-  return {key & ~kNoSum, key < params.num_keys ? sums + i * params.max_embedding_dim + column : nullptr};
-}
-
-// One lane group, one segment. kEdges: the entries are partial sums of the level before, else rows of grad_output.
-template <typename scalar_t, int kSize, bool kEdges, bool kOneTable>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    sum_segments(const __grid_constant__ SortParams params, const __grid_constant__ Level level, int lanes) {
-  using sum_t = acc_t<scalar_t>;
-  using source_t = std::conditional_t<kEdges, sum_t, scalar_t>;
-  const int groups = kThreads / lanes;
-  const int group = threadIdx.x / lanes;
-  const int column = (blockIdx.y * lanes + threadIdx.x - group * lanes) * kSize;
-  const int64_t segment = static_cast<int64_t>(blockIdx.x) * groups + group;
-  const int64_t begin = segment * level.segment;
-  if (group >= groups || column >= params.max_embedding_dim || begin >= level.num_entries) return;
-  const int64_t end = min(begin + level.segment, level.num_entries);
-
-  const auto read = [&](int64_t i) -> Addend<source_t> {
-    if constexpr (kEdges) {
-      return read_edge<sum_t>(params, level, i, column);
-    } else {
-      return read_entry<scalar_t, kOneTable>(params, level, i, column);
-    }
-  };
-
-  // A run that reaches over an end of the segment becomes an edge: slot 2s if it comes in, 2s + 1 if it only goes out.
-  const uint32_t before = begin > 0 ? level.keys[begin - 1] & ~kNoSum : params.num_keys;
-  const uint32_t after = end < level.num_entries ? level.keys[end] & ~kNoSum : params.num_keys;
-  uint32_t edge_key[2] = {params.num_keys, params.num_keys};
-  bool edge_used[2] = {false, false};
-
-  Addend<source_t> next[kUnroll];
-#pragma unroll
-  for (int k = 0; k < kUnroll; ++k) next[k] = read(min(begin + k, end - 1));
-  uint32_t current = next[0].key;
-  bool incoming = current == before && current != params.num_keys;
-  sum_t sum[kSize] = {};
-
-  const auto finish_run = [&](bool last) {
-    if (current == params.num_keys) return;  // padding, or nothing
-    const bool outgoing = last && current == after;
-    const SortTable& table = kOneTable ? params.table[0] : table_of_key(params, current);
-    if (incoming || outgoing) {
-      const int slot = incoming ? 0 : 1;
-      edge_key[slot] = current;
-      edge_used[slot] = true;
-      if (column < table.embedding_dim) {
-        sum_t* edge = static_cast<sum_t*>(level.edge_sums) + (2 * segment + slot) * params.max_embedding_dim + column;
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) edge[j] = sum[j];
-      }
-      // The run goes on in the next segment: the unused slot between must not part it.
-      if (incoming && outgoing) edge_key[1] = current;
-    } else if (column < table.embedding_dim) {
-      const int64_t row = current - table.first_key;
-      store<scalar_t>(
-          static_cast<scalar_t*>(params.grad_weight) + table.weight_offset + row * table.embedding_dim + column, sum);
-    }
-  };
-
-  for (int64_t i = begin; i < end; i += kUnroll) {
-    Pack<source_t, kSize> value[kUnroll];
-    uint32_t key[kUnroll];
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
-      key[k] = next[k].key;
-      value[k] = Pack<source_t, kSize>{};
-      if (i + k < end && next[k].address != nullptr) value[k] = load_once<kSize>(next[k].address);
-    }
-    // Where to read next, while the reads are under way.
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k) next[k] = read(min(i + kUnroll + k, end - 1));
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
-      if (i + k >= end) break;
-      if (key[k] != current) {
-        finish_run(false);
-        incoming = false;
-        current = key[k];
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) sum[j] = 0;
-      }
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) sum[j] += widen(value[k].value[j]);
-    }
-  }
-  finish_run(true);
-
-  if (level.edge_keys != nullptr && column == 0) {
-    // An unused slot takes the key beside it, marked, so that the list stays one of contiguous runs.
-    if (!edge_used[0]) edge_key[0] = edge_key[1];
-    if (!edge_used[1] && edge_key[1] == params.num_keys) edge_key[1] = edge_key[0];
-    level.edge_keys[2 * segment] = edge_key[0] | (edge_used[0] ? 0 : kNoSum);
-    level.edge_keys[2 * segment + 1] = edge_key[1] | (edge_used[1] ? 0 : kNoSum);
-  }
-}
-
-int64_t num_segments(int64_t entries, int64_t segment) { return ceil_div(entries, segment); }
-
-// Where everything stands in the workspace. The buffers of the levels alternate between two.
-struct Workspace {
-  int64_t keys[2], positions[2], temporary, edge_keys[2], edge_sums[2], bytes = 0;
-  size_t temporary_bytes = 0;
-
-  int64_t take(int64_t size) {
-    const int64_t offset = bytes;
-    bytes += round_up(size, kAlignment);
-    return offset;
-  }
-};
-
-int key_bits(uint32_t num_keys) {  // num_keys itself is the key of padding
-  int bits = 1;
-  while (bits < 32 && num_keys >> bits != 0) ++bits;
-  return bits;
-}
-
-FeStatus lay_out(const SortParams& params, int segment, FeScalarType type, Workspace* workspace) {
-  const int64_t n = params.num_entries;
-  FeStatus status = check_cuda(cub::DeviceRadixSort::SortPairs(
-                                   nullptr, workspace->temporary_bytes, static_cast<const uint32_t*>(nullptr),
-                                   static_cast<uint32_t*>(nullptr), static_cast<const uint32_t*>(nullptr),
-                                   static_cast<uint32_t*>(nullptr), static_cast<int>(n), 0, key_bits(params.num_keys)),
-                               "backward_sort workspace");
-  for (int i = 0; i < 2; ++i) {
-    workspace->keys[i] = workspace->take(n * 4);
-    workspace->positions[i] = workspace->take(n * 4);
-  }
-  workspace->temporary = workspace->take(workspace->temporary_bytes);
-  int64_t edges = 2 * num_segments(n, segment);
-  for (int i = 0; i < 2; ++i) {
-    workspace->edge_keys[i] = workspace->take(edges * 4);
-    workspace->edge_sums[i] = workspace->take(edges * params.max_embedding_dim * accumulator_bytes(type));
-    edges = 2 * num_segments(edges, kEdgeSegment);
-  }
-  return status;
-}
-
-template <typename scalar_t, int kSize, bool kEdges, bool kOneTable>
-FeStatus launch_level(const SortParams& params, const Level& level, cudaStream_t stream) {
-  const int64_t packs = ceil_div(params.max_embedding_dim, kSize);
-  const int64_t chunks = ceil_div(packs, kMaxLanes);
-  const int lanes = static_cast<int>(ceil_div(packs, chunks));
-  const int64_t blocks = ceil_div(num_segments(level.num_entries, level.segment), kThreads / lanes);
-  if (chunks > 65535) return FE_UNSUPPORTED;
-  sum_segments<scalar_t, kSize, kEdges, kOneTable>
-      <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)), kThreads, 0, stream>>>(params, level,
-                                                                                                    lanes);
-  return check_cuda(cudaGetLastError(), "backward_sort");
 }
 
 template <typename scalar_t, int kSize>
-FeStatus sum_runs(const SortParams& params, int segment, const Workspace& layout, char* memory, cudaStream_t stream) {
-  Level level{};
-  level.keys = reinterpret_cast<const uint32_t*>(memory + layout.keys[1]);
-  level.positions = reinterpret_cast<const uint32_t*>(memory + layout.positions[1]);
-  level.num_entries = params.num_entries;
-  level.segment = segment;
-  for (int buffer = 0;; buffer ^= 1) {
-    const int64_t segments = num_segments(level.num_entries, level.segment);
-    level.edge_keys = segments > 1 ? reinterpret_cast<uint32_t*>(memory + layout.edge_keys[buffer]) : nullptr;
-    level.edge_sums = memory + layout.edge_sums[buffer];
-    const FeStatus status =
-        level.positions == nullptr ? launch_level<scalar_t, kSize, true, false>(params, level, stream)
-        : params.num_tables == 1   ? launch_level<scalar_t, kSize, false, true>(params, level, stream)
-                                   : launch_level<scalar_t, kSize, false, false>(params, level, stream);
-    if (status != FE_OK || segments == 1) return status;
-    level.keys = level.edge_keys;
-    level.sums = level.edge_sums;
-    level.positions = nullptr;
-    level.num_entries = 2 * segments;
-    level.segment = kEdgeSegment;
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) sum_sorted(const __grid_constant__ SumParams params) {
+  using sum_t = acc_t<scalar_t>;
+  __shared__ SumShared<scalar_t, kSize> shared;
+
+  const int64_t work = blockIdx.x;
+  const SumTable& table = table_of_work(params, work);
+  const uint32_t part = static_cast<uint32_t>(work - table.first_work) / table.chunks;
+  const int chunk = static_cast<int>(work - table.first_work - static_cast<int64_t>(part) * table.chunks);
+  const int groups = kThreads / table.lanes;
+  const int group = threadIdx.x / table.lanes;
+  const int lane = threadIdx.x - group * table.lanes;
+  const int column = (chunk * table.lanes + lane) * kSize;
+  const bool active = group < groups && column < table.embedding_dim;
+
+  const uint32_t begin = part * params.part;
+  const uint32_t end = min(begin + params.part, params.num_rows);
+  const auto row_before = [&](uint32_t i) { return i > 0 ? __ldg(&table.lookups[i - 1].row) : table.num_embeddings; };
+  const auto row_at = [&](uint32_t i) {
+    return i < params.num_rows ? __ldg(&table.lookups[i].row) : table.num_embeddings;
+  };
+  if (threadIdx.x == 0) shared.length = end - begin;
+  const uint32_t before = row_before(begin);
+  const uint32_t after = row_at(end);
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < end - begin; i += kThreads) {
+    const uint2 both = __ldg(reinterpret_cast<const uint2*>(table.lookups) + begin + i);
+    shared.lookup[i] = {both.x, both.y};
+    if (both.x >= table.num_embeddings) atomicMin(&shared.length, i);  // padding, behind all rows
+  }
+  __syncthreads();
+  const uint32_t length = shared.length;
+  if (length == 0) return;
+  const uint32_t first_row = shared.lookup[0].row;
+  const uint32_t last_row = shared.lookup[length - 1].row;
+  const bool incoming = first_row == before;
+  const bool outgoing = last_row == after;
+  sum_t* partial = static_cast<sum_t*>(params.partials) + work * params.partial_stride + lane * kSize;
+  scalar_t* grad_weight = static_cast<scalar_t*>(params.grad_weight) + table.weight_offset + column;
+  const auto address_of = [&](uint32_t row) { return grad_weight + static_cast<int64_t>(row) * table.embedding_dim; };
+
+  const scalar_t* grad_output = static_cast<const scalar_t*>(params.grad_output) + table.first_column + column;
+  sum_runs<scalar_t, kSize, kUnroll>(
+      length, table.lanes, active, shared.edges, [&](uint32_t i) { return shared.lookup[i].row; },
+      [&](uint32_t i) { return grad_output + shared.lookup[i].position * params.grad_output_stride; },
+      [&](uint32_t row, const sum_t(&sum)[kSize]) {
+        if (outgoing && row == last_row) {
+          store<sum_t>(partial, sum);
+        } else if (incoming && row == first_row) {
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) shared.incoming[lane].value[j] = sum[j];
+        } else {
+          store<scalar_t>(address_of(row), sum);
+        }
+      });
+  __syncthreads();
+
+  const bool goes_through = incoming && outgoing && first_row == last_row;
+  if (outgoing && threadIdx.x == 0) {
+    __threadfence();
+    *static_cast<volatile uint32_t*>(params.flags + work) = goes_through ? kGoesThrough : kBegins;
+  }
+  if (!incoming || goes_through) return;
+  if (threadIdx.x < 32) {
+    const uint32_t behind = look_back(params, work, table.chunks);
+    __threadfence();
+    if (threadIdx.x == 0) shared.behind = behind;
+  }
+  __syncthreads();
+  // Lane groups take equal shares of the partial sums, in order; the first puts the shares together.
+  const uint32_t behind = shared.behind;
+  const uint32_t share = (behind + groups - 1) / groups;
+  const uint32_t share_end = min((group + 1) * share, behind);
+  sum_t sum[kSize] = {};
+  if (active) {
+#pragma unroll 4
+    for (uint32_t i = group * share; i < share_end; ++i) {
+      const sum_t* earlier = partial - static_cast<int64_t>(behind - i) * table.chunks * params.partial_stride;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sum[j] += __ldcg(earlier + j);
+    }
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) shared.edges.sum[threadIdx.x].value[j] = sum[j];
+  }
+  __syncthreads();
+  if (active && group == 0) {
+    const int used = static_cast<int>((behind + share - 1) / share);
+    for (int g = 1; g < used; ++g) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sum[j] += shared.edges.sum[g * table.lanes + lane].value[j];
+    }
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sum[j] += shared.incoming[lane].value[j];
+    store<scalar_t>(address_of(first_row), sum);
   }
 }
 
+// The tables whose rows allow accesses of one width, in one launch.
+struct SumLaunch {
+  int64_t pack;  // bytes
+  SumParams params{};
+  int64_t work = 0;
+  int64_t partial_stride = 0;
+};
+
+void add_table(const FeBackwardArgs& args, const FeTable& source, const Lookup* lookups, int64_t first_column,
+               SumLaunch* launch) {
+  SumTable& table = launch->params.table[launch->params.num_tables++];
+  table.lookups = lookups;
+  const int64_t columns = launch->pack / scalar_bytes(args.scalar_type);
+  const int64_t packs = std::max<int64_t>(ceil_div(source.embedding_dim, columns), 1);
+  table.weight_offset = source.weight_offset;
+  table.first_work = launch->work;
+  table.num_embeddings = static_cast<uint32_t>(source.num_embeddings);
+  table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
+  table.first_column = static_cast<int32_t>(first_column);
+  table.chunks = static_cast<int32_t>(ceil_div(packs, kMaxLanes));
+  table.lanes = static_cast<int32_t>(ceil_div(packs, table.chunks));
+  launch->work += ceil_div(args.num_rows, launch->params.part) * table.chunks;
+  launch->partial_stride = std::max(launch->partial_stride, table.lanes * columns);
+}
+
 template <typename scalar_t>
-FeStatus run(const SortParams& params, const FePlan& plan, int64_t pack, const Workspace& layout, char* memory,
-             int num_sms, cudaStream_t stream) {
-  const int64_t blocks = 8 * num_sms;
-  FeStatus status = FE_OK;
-  if (params.zero_first) {
-    status = check_cuda(cudaMemsetAsync(params.grad_weight, 0, params.grad_weight_numel * sizeof(scalar_t), stream),
-                        "backward_sort");
-    if (status != FE_OK) return status;
-  }
-  const auto words = [&](int64_t offset) { return reinterpret_cast<uint32_t*>(memory + offset); };
-  write_keys<<<static_cast<unsigned>(std::min(blocks, ceil_div(params.num_entries, kThreads))), kThreads, 0, stream>>>(
-      params, words(layout.keys[0]), words(layout.positions[0]));
-  status = check_cuda(cudaGetLastError(), "backward_sort");
-  if (status != FE_OK) return status;
-  size_t temporary_bytes = layout.temporary_bytes;
-  status = check_cuda(
-      cub::DeviceRadixSort::SortPairs(
-          memory + layout.temporary, temporary_bytes, static_cast<const uint32_t*>(words(layout.keys[0])),
-          words(layout.keys[1]), static_cast<const uint32_t*>(words(layout.positions[0])), words(layout.positions[1]),
-          static_cast<int>(params.num_entries), 0, key_bits(params.num_keys), stream),
-      "backward_sort");
-  if (status != FE_OK) return status;
-  return dispatch_pack<scalar_t>(pack, [&](auto size) {
-    return sum_runs<scalar_t, decltype(size)::value>(params, plan.segment, layout, memory, stream);
+FeStatus sum(const SumLaunch& launch, cudaStream_t stream) {
+  if (launch.work > INT32_MAX) return FE_UNSUPPORTED;
+  return dispatch_pack<scalar_t>(launch.pack, [&](auto size) {
+    sum_sorted<scalar_t, decltype(size)::value>
+        <<<static_cast<unsigned>(launch.work), kThreads, 0, stream>>>(launch.params);
+    return check_cuda(cudaGetLastError(), "backward_sort");
   });
 }
 
@@ -327,54 +219,52 @@ FeStatus run(const SortParams& params, const FePlan& plan, int64_t pack, const W
 
 FeStatus backward_sort(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
                        size_t* workspace_bytes, cudaStream_t stream) {
-  if (plan.segment < kUnroll || plan.segment > 1024) return FE_INVALID_ARGUMENT;
+  if (plan.tile < 32 || plan.tile > kMaxPart || plan.digit_bits < 1) return FE_INVALID_ARGUMENT;
   size_t needed = 0;
   int64_t first_column = 0;
-  for (int64_t first = 0; first < args.num_tables; first += kMaxTables) {
-    const int64_t last = std::min<int64_t>(first + kMaxTables, args.num_tables);
-    SortParams params{};
-    params.num_tables = static_cast<int32_t>(last - first);
-    params.tables_divisor = Divisor(params.num_tables);
-    int64_t pack = 16;
-    int64_t keys = 0;
+  for (int64_t first = 0; first < args.num_tables; first += kMaxSortTables) {
+    const int64_t last = std::min<int64_t>(first + kMaxSortTables, args.num_tables);
+    IndexSort sort(plan, args, first, last, device);
+    if (workspace != nullptr) sort.place(static_cast<char*>(workspace));
+    SumLaunch launches[] = {{16}, {8}, {scalar_bytes(args.scalar_type)}};
+    for (SumLaunch& launch : launches) launch.params.part = plan.tile;
     for (int64_t t = first; t < last; ++t) {
-      const FeTable& source = args.tables[t];
-      SortTable& table = params.table[t - first];
-      table.first_key = static_cast<uint32_t>(keys);
-      table.num_embeddings = static_cast<int32_t>(source.num_embeddings);
-      table.weight_offset = source.weight_offset;
-      table.padding_idx = source.padding_idx;
-      table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
-      table.first_column = static_cast<int32_t>(first_column);
-      params.max_embedding_dim = std::max(params.max_embedding_dim, table.embedding_dim);
-      pack = std::min(pack, pack_bytes(args, source, first_column));
-      keys += source.num_embeddings;
-      first_column += source.embedding_dim;
+      const int64_t pack = pack_bytes(args, args.tables[t], first_column);
+      SumLaunch& launch = launches[pack == 16 ? 0 : pack == 8 ? 1 : 2];
+      add_table(args, args.tables[t], sort.sorted(t - first), first_column, &launch);
+      first_column += args.tables[t].embedding_dim;
     }
-    params.num_keys = static_cast<uint32_t>(keys);
-    params.index_type = args.index_type;
-    params.indices = static_cast<const char*>(args.indices) +
-                     first * args.index_table_stride * (args.index_type == FE_INT64 ? 8 : 4);
-    params.index_row_stride = args.index_row_stride;
-    params.index_table_stride = args.index_table_stride;
-    params.grad_output = args.grad_output;
-    params.grad_output_stride = args.grad_output_stride;
-    params.num_entries = args.num_rows * params.num_tables;
-    params.grad_weight = args.grad_weight;
-    params.grad_weight_numel = args.grad_weight_numel;
-    params.zero_first = first == 0;
-    if (params.max_embedding_dim == 0) continue;
 
-    Workspace layout;
-    FeStatus status = lay_out(params, plan.segment, args.scalar_type, &layout);
-    if (status != FE_OK) return status;
-    needed = std::max(needed, static_cast<size_t>(layout.bytes));
+    int64_t flags_bytes = 0, partials_bytes = 0;
+    for (const SumLaunch& launch : launches) {
+      flags_bytes += launch.work * sizeof(uint32_t);
+      partials_bytes += round_up(launch.work * launch.partial_stride * accumulator_bytes(args.scalar_type), kAlignment);
+    }
+    flags_bytes = round_up(flags_bytes, kAlignment);
+    needed = std::max(needed, static_cast<size_t>(sort.bytes() + flags_bytes + partials_bytes));
     if (workspace == nullptr) continue;
     if (*workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;
-    status = dispatch_scalar(args.scalar_type, [&](auto scalar) {
-      return run<decltype(scalar)>(params, plan, pack, layout, static_cast<char*>(workspace), device.properties.num_sms,
-                                   stream);
-    });
+
+    char* memory = static_cast<char*>(workspace);
+    uint32_t* flags = reinterpret_cast<uint32_t*>(memory + sort.bytes());
+    char* partials = memory + sort.bytes() + flags_bytes;
+    const int64_t zero_bytes = first == 0 ? args.grad_weight_numel * scalar_bytes(args.scalar_type) : 0;
+    FeStatus status = sort.enqueue(flags, flags_bytes, args.grad_weight, zero_bytes, stream);
+    for (SumLaunch& launch : launches) {
+      if (status != FE_OK) return status;
+      if (launch.work == 0) continue;
+      SumParams& params = launch.params;
+      params.num_rows = static_cast<uint32_t>(args.num_rows);
+      params.grad_output = args.grad_output;
+      params.grad_output_stride = args.grad_output_stride;
+      params.grad_weight = args.grad_weight;
+      params.flags = flags;
+      params.partials = partials;
+      params.partial_stride = static_cast<int32_t>(launch.partial_stride);
+      status = dispatch_scalar(args.scalar_type, [&](auto scalar) { return sum<decltype(scalar)>(launch, stream); });
+      flags += launch.work;
+      partials += round_up(launch.work * launch.partial_stride * accumulator_bytes(args.scalar_type), kAlignment);
+    }
     if (status != FE_OK) return status;
   }
   if (workspace == nullptr) *workspace_bytes = needed;

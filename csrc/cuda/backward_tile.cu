@@ -9,6 +9,9 @@
 // gradient is summed in a float32 copy and rounded once after a second barrier.
 #include <cooperative_groups.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "runs.cuh"
 
 namespace fast_embedding {
@@ -34,7 +37,6 @@ struct TileTable {
   int32_t lanes;         // threads that share a row: a column chunk
   int32_t chunks;
   int32_t index_table;
-  int32_t pack_bytes;  // of an access to its rows
 };
 
 struct TileParams {
@@ -64,7 +66,7 @@ struct TileShared {
   uint32_t* count;     // [slots] its indices, then where its run begins
   uint32_t* grouped;   // [tile] position in the tile << 16 | slot, runs of equal slots
   uint32_t* warp_sum;  // [kThreads / 32]
-  void* edges;         // Edges of the widest type
+  void* edges;         // Edges
 
   __device__ TileShared(char* memory, const TileParams& params) {
     row = reinterpret_cast<int32_t*>(memory);
@@ -75,8 +77,9 @@ struct TileShared {
   }
 };
 
-size_t shared_bytes(const TileParams& params) {
-  return 4 * (2 * params.slots + params.tile + kThreads / 32) + sizeof(Edges<float, 8, kThreads>);
+template <typename scalar_t, int kSize>
+int64_t shared_bytes(const TileParams& params) {
+  return 4 * (2 * params.slots + params.tile + kThreads / 32) + sizeof(Edges<acc_t<scalar_t>, kSize, kThreads>);
 }
 
 __device__ inline uint32_t find_or_insert(const TileShared& shared, const TileParams& params, int32_t row) {
@@ -203,7 +206,7 @@ __device__ inline const TileTable& table_of_work(const TileParams& params, int64
   return params.table[t];
 }
 
-template <typename scalar_t>
+template <typename scalar_t, int kSize>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __grid_constant__ TileParams params) {
   using sum_t = acc_t<scalar_t>;
   extern __shared__ __align__(16) char memory[];
@@ -226,13 +229,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
       grid.sync();
       zeroed = true;
     }
-    if (table.pack_bytes == 16) {
-      add_runs<scalar_t, kWide<scalar_t>>(shared, params, table, first_row, chunk, total);
-    } else if (table.pack_bytes == 8) {
-      add_runs<scalar_t, kHalf<scalar_t>>(shared, params, table, first_row, chunk, total);
-    } else {
-      add_runs<scalar_t, 1>(shared, params, table, first_row, chunk, total);
-    }
+    add_runs<scalar_t, kSize>(shared, params, table, first_row, chunk, total);
     __syncthreads();
   }
   if (!zeroed) grid.sync();
@@ -255,9 +252,9 @@ void split_columns(int64_t packs, TileTable* table) {
   table->lanes = static_cast<int32_t>(ceil_div(packs, table->chunks));
 }
 
-template <typename scalar_t>
+template <typename scalar_t, int kSize>
 FeStatus launch(TileParams& params, const DeviceInfo& device, cudaStream_t stream) {
-  const int64_t shared = shared_bytes(params);
+  const int64_t shared = shared_bytes<scalar_t, kSize>(params);
   // Each block also takes 1 KB that the system reserves. All blocks of a cooperative grid must be resident.
   const int64_t fitting = std::min<int64_t>(device.properties.shared_bytes_per_sm / (shared + 1024), kBlocksPerSm);
   if (fitting < 1 || shared > 48 * 1024) return FE_INVALID_ARGUMENT;
@@ -270,11 +267,31 @@ FeStatus launch(TileParams& params, const DeviceInfo& device, cudaStream_t strea
   }
   // Zeros take the whole device; with few, no more blocks than there is work.
   const int64_t wanted = std::max(params.num_work, ceil_div(params.zero_first ? zero_bytes : 0, kThreads * 16 * 4));
-  void* arguments[] = {&params};
-  return check_cuda(cudaLaunchCooperativeKernel(tile_backward<scalar_t>,
-                                                dim3(static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, resident))),
-                                                dim3(kThreads), arguments, static_cast<size_t>(shared), stream),
-                    "backward_tile");
+  const dim3 grid(static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, resident)));
+  return launch_cooperative(tile_backward<scalar_t, kSize>, grid, dim3(kThreads), shared, params, stream,
+                            "backward_tile");
+}
+
+// Tables whose rows allow accesses of one width, in one launch: a kernel for each width keeps them all in registers.
+struct TileLaunch {
+  int64_t pack;  // bytes
+  TileParams params{};
+};
+
+void add_table(const FeBackwardArgs& args, int64_t t, int64_t first_column, TileLaunch* launch) {
+  const FeTable& source = args.tables[t];
+  TileParams& params = launch->params;
+  TileTable& table = params.table[params.num_tables++];
+  table.num_embeddings = source.num_embeddings;
+  table.weight_offset = source.weight_offset;
+  table.padding_idx = source.padding_idx;
+  table.first_work = params.num_work;
+  table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
+  table.first_column = static_cast<int32_t>(first_column);
+  table.index_table = static_cast<int32_t>(t);
+  split_columns(ceil_div(std::max<int64_t>(source.embedding_dim, 1) * scalar_bytes(args.scalar_type), launch->pack),
+                &table);
+  params.num_work += ceil_div(args.num_rows, params.tile) * table.chunks;
 }
 
 }  // namespace
@@ -293,49 +310,43 @@ FeStatus backward_tile(const FePlan& plan, const FeBackwardArgs& args, const Dev
   }
   if (*workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;
 
-  TileParams params;
-  params.index_type = args.index_type;
-  params.indices = args.indices;
-  params.index_row_stride = args.index_row_stride;
-  params.index_table_stride = args.index_table_stride;
-  params.grad_output = args.grad_output;
-  params.grad_output_stride = args.grad_output_stride;
-  params.num_rows = args.num_rows;
-  params.sums = scratch ? workspace : args.grad_weight;
-  params.grad_weight = args.grad_weight;
-  params.grad_weight_numel = args.grad_weight_numel;
-  params.tile = plan.tile;
-  params.slot_bits = 1;
-  while (1 << params.slot_bits < 2 * plan.tile) ++params.slot_bits;
-  params.slots = 1 << params.slot_bits;
+  TileParams common{};
+  common.index_type = args.index_type;
+  common.indices = args.indices;
+  common.index_row_stride = args.index_row_stride;
+  common.index_table_stride = args.index_table_stride;
+  common.grad_output = args.grad_output;
+  common.grad_output_stride = args.grad_output_stride;
+  common.num_rows = args.num_rows;
+  common.sums = scratch ? workspace : args.grad_weight;
+  common.grad_weight = args.grad_weight;
+  common.grad_weight_numel = args.grad_weight_numel;
+  common.tile = plan.tile;
+  common.slot_bits = 1;
+  while (1 << common.slot_bits < 2 * plan.tile) ++common.slot_bits;
+  common.slots = 1 << common.slot_bits;
 
-  const int64_t tiles = ceil_div(args.num_rows, plan.tile);
+  // A launch for each width and 64 tables. The first writes the zeros, the last rounds.
+  std::vector<TileLaunch> launches;
   int64_t first_column = 0;
-  for (int64_t first = 0; first < args.num_tables; first += kMaxTables) {
-    const int64_t last = std::min<int64_t>(first + kMaxTables, args.num_tables);
-    params.num_tables = static_cast<int32_t>(last - first);
-    params.num_work = 0;
-    for (int64_t t = first; t < last; ++t) {
-      const FeTable& source = args.tables[t];
-      TileTable& table = params.table[t - first];
-      table.num_embeddings = source.num_embeddings;
-      table.weight_offset = source.weight_offset;
-      table.padding_idx = source.padding_idx;
-      table.first_work = params.num_work;
-      table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
-      table.first_column = static_cast<int32_t>(first_column);
-      table.index_table = static_cast<int32_t>(t);
-      table.pack_bytes = static_cast<int32_t>(pack_bytes(args, source, first_column));
-      split_columns(
-          ceil_div(std::max<int64_t>(source.embedding_dim, 1) * scalar_bytes(args.scalar_type), table.pack_bytes),
-          &table);
-      params.num_work += tiles * table.chunks;
-      first_column += source.embedding_dim;
-    }
-    params.zero_first = first == 0;
-    params.round_last = scratch && last == args.num_tables;
-    const FeStatus status = dispatch_scalar(
-        args.scalar_type, [&](auto scalar) { return launch<decltype(scalar)>(params, device, stream); });
+  for (int64_t t = 0; t < args.num_tables; ++t) {
+    const int64_t pack = pack_bytes(args, args.tables[t], first_column);
+    const auto takes = [&](const TileLaunch& launch) {
+      return launch.pack == pack && launch.params.num_tables < kMaxTables;
+    };
+    auto launch = std::find_if(launches.begin(), launches.end(), takes);
+    if (launch == launches.end()) launch = launches.insert(launches.end(), TileLaunch{pack, common});
+    add_table(args, t, first_column, &*launch);
+    first_column += args.tables[t].embedding_dim;
+  }
+  launches.front().params.zero_first = 1;
+  launches.back().params.round_last = scratch;
+  for (TileLaunch& each : launches) {
+    const FeStatus status = dispatch_scalar(args.scalar_type, [&](auto scalar) {
+      return dispatch_pack<decltype(scalar)>(each.pack, [&](auto size) {
+        return launch<decltype(scalar), decltype(size)::value>(each.params, device, stream);
+      });
+    });
     if (status != FE_OK) return status;
   }
   return FE_OK;

@@ -185,6 +185,16 @@ FeStatus device_info(const DeviceInfo** info);
 // Records the CUDA error behind FE_CUDA_ERROR for fe_cuda_last_error().
 FeStatus check_cuda(cudaError_t error, const char* what);
 
+// All blocks must fit the device at once: the kernel has barriers across the grid.
+template <typename Params>
+FeStatus launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_bytes, Params params,
+                            cudaStream_t stream, const char* what) {
+  void* arguments[] = {&params};
+  return check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments,
+                                                static_cast<size_t>(shared_bytes), stream),
+                    what);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }

@@ -34,7 +34,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a meaning changes; the binding refuses a library of another version. */
-#define FE_ABI_VERSION 1
+#define FE_ABI_VERSION 2
 
 typedef enum FeStatus {
   FE_OK = 0,
@@ -137,7 +137,7 @@ typedef enum FeStrategy {
   FE_STRATEGY_OWN = 0,     /* a block owns rows and picks their indices from all: few indices. Deterministic */
   FE_STRATEGY_PRIVATE = 1, /* copies of the table in shared memory, summed in order: small tables. Deterministic */
   FE_STRATEGY_TILE = 2,    /* blocks group a tile of indices and add each run with one atomic. Not deterministic */
-  FE_STRATEGY_SORT = 3     /* global sort, then sums over runs, edges combined in order. Deterministic */
+  FE_STRATEGY_SORT = 3     /* global sort, then every row is written once. Deterministic */
 } FeStrategy;
 
 typedef struct FeDevice {
@@ -161,10 +161,11 @@ typedef struct FePlanQuery {
 
 typedef struct FePlan {
   FeStrategy strategy;
-  int32_t tile;            /* TILE: indices a block groups at a time */
-  int32_t segment;         /* SORT: sorted indices a lane group sums */
-  int32_t threads;         /* PRIVATE: threads a block, each with one column of one copy of the table */
-  int32_t splits;          /* PRIVATE: blocks that share the rows; each leaves one copy of the table to be summed */
+  int32_t tile;       /* TILE: indices a block groups at a time. SORT: rows and lookups that a block writes and reads */
+  int32_t digit_bits; /* SORT: bits of the row that a pass sorts by, at the most */
+  int32_t sort_tile;  /* SORT: indices a block ranks at a time, at the most */
+  int32_t threads;    /* PRIVATE: threads a block, each with one column of one copy of the table */
+  int32_t splits;     /* PRIVATE: blocks that share the rows; each leaves one copy of the table to be summed */
   int32_t float32_scratch; /* TILE: a 16-bit gradient is summed in a float32 copy of grad_weight */
 } FePlan;
 

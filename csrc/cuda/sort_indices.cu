@@ -1,0 +1,420 @@
+// A stable radix sort of (row, position) pairs, least significant digit first, all passes and all tables in one
+// cooperative launch. A block owns a chunk of a table's list. A pass:
+//
+//   rank     how many of the chunk's entries with the same digit come before each, which leaves a matrix of counts
+//   barrier
+//   place    where the chunk's entries of each digit begin: behind those of lower digits and of lower chunks. Every
+//            block adds that up from the matrix itself, which takes less than another barrier
+//   move     entries are put in order in shared memory and written out run by run
+//   barrier
+//
+// Ranking: a warp takes its entries in order, 32 at a time; those with equal digits find each other by ballots, and the
+// warp's own counter of the digit says how many came before (the multisplit of Ashkiani et al. 2016, as in
+// cub::DeviceRadixSort). A pass costs barriers and latency more than bandwidth, so digits are as wide as rows ask for.
+#include <cooperative_groups.h>
+
+#include <utility>
+
+#include "sort_indices.cuh"
+
+namespace fast_embedding {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kItems = 16;                   // entries of a thread in a tile, at the most
+constexpr int kMaxTile = kThreads * kItems;  // entries ranked at a time
+constexpr int kMinDigitBits = 3;             // counts are read eight at a time
+constexpr int kMaxDigitBits = 10;            // two digits a thread
+constexpr int64_t kMaxChunk = 32768;         // counts are of 16 bits
+constexpr int64_t kMinChunk = kThreads;
+constexpr int kLoads = 8;                            // of counts in flight in a thread
+constexpr int64_t kZerosOfBlock = int64_t{1} << 17;  // bytes at a barrier: about as long as the wait
+constexpr int64_t kPageBytes = int64_t{2} << 20;
+constexpr int64_t kStaticSharedBytes = 1024;  // at most
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+static_assert(1 << kMaxDigitBits <= 2 * kThreads);
+static_assert(kMaxTile < 1 << 16 && kMaxChunk < 1 << 16);
+
+// Counts of two digits share a word, 16 bits each: no sum of a tile's or a chunk's counts reaches over.
+__device__ inline uint32_t low_half(uint32_t word) { return word & 0xffff; }
+__device__ inline uint32_t high_half(uint32_t word) { return word >> 16; }
+
+struct SortShared {
+  Lookup* tile;          // [params.tile]
+  uint32_t* start;       // [bins] where the chunk's next entry of a digit goes
+  uint32_t* local;       // [bins] where a digit begins in the tile
+  uint32_t* count;       // [bins / 2] of the tile
+  uint32_t* warp_count;  // [kWarps, bins / 2]
+
+  __device__ SortShared(char* memory, const SortParams& params) {
+    tile = reinterpret_cast<Lookup*>(memory);
+    start = reinterpret_cast<uint32_t*>(tile + params.tile);
+    local = start + params.bins;
+    count = local + params.bins;
+    warp_count = count + params.bins / 2;
+  }
+};
+
+int64_t shared_bytes(const SortParams& params) {
+  return sizeof(Lookup) * params.tile + params.bins * 2 * sizeof(uint32_t) +
+         params.bins / 2 * (1 + kWarps) * sizeof(uint32_t);
+}
+
+// A work item in one pass.
+struct Item {
+  const SortTable& table;
+  const Lookup* source;  // null in the first pass, which reads the indices
+  Lookup* destination;
+  const void* indices;
+  uint32_t begin, end;
+  uint32_t bins, shift;
+
+  __device__ Item(const SortParams& params, int item, int pass) : table(params.table[item / params.chunks]) {
+    const int64_t list = static_cast<int64_t>(item / params.chunks) * params.num_rows;
+    source = pass == 0 ? nullptr : params.lookups[(pass - 1) % 2] + list;
+    destination = params.lookups[pass % 2] + list;
+    begin = min(item % params.chunks * params.rows_of_chunk, params.num_rows);
+    end = min(begin + params.rows_of_chunk, params.num_rows);
+    bins = 1u << table.digit_bits;
+    shift = pass * table.digit_bits;
+  }
+  __device__ uint32_t digit(uint32_t row) const { return row >> shift & (bins - 1); }
+};
+
+__device__ inline int64_t read_index(const SortParams& params, const SortTable& table, uint32_t position) {
+  return load_index(params.indices, params.index_type,
+                    position * params.index_row_stride + table.index_table * params.index_table_stride);
+}
+
+__device__ inline void prefetch(const char* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+// A thread's entries of a tile, in registers. Warp w takes the w-th stretch of the tile, 32 entries at a time, so that
+// ranks follow the order of entries.
+struct Tile {
+  uint32_t begin, length;
+  Lookup entry[kItems];
+  uint32_t rank[kItems / 2];  // in the warp, 16 bits each
+
+  __device__ int items() const { return (length + kThreads - 1) / kThreads; }
+  __device__ uint32_t at(int k) const { return (threadIdx.x / 32 * items() + k) * 32 + threadIdx.x % 32; }
+  __device__ bool has(int k) const { return k < items() && at(k) < length; }
+};
+
+// Reads the entries of a tile, and in the first pass checks their indices.
+__device__ inline void read_tile(const SortParams& params, const Item& item, Tile& tile) {
+  if (item.source == nullptr) {
+    bool in_range = true;  // checked together: a branch behind each load would make the next load wait for it
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const uint32_t position = tile.begin + tile.at(k);
+      tile.entry[k].position = position;
+      if (tile.has(k)) {
+        const int64_t index = read_index(params, item.table, position);
+        in_range = in_range && is_in_range(index, item.table.num_embeddings);
+        tile.entry[k].row = index == item.table.padding_idx ? item.table.num_embeddings : static_cast<uint32_t>(index);
+      }
+    }
+    if (!in_range) {
+      for (int k = 0; k < tile.items(); ++k) {
+        const uint32_t at = tile.at(k);
+        if (at < tile.length) check_index(read_index(params, item.table, tile.begin + at), item.table.num_embeddings);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (tile.has(k)) {
+        const uint2 both = __ldcg(reinterpret_cast<const uint2*>(item.source) + tile.begin + tile.at(k));
+        tile.entry[k] = {both.x, both.y};
+      }
+    }
+  }
+}
+
+// Ranks the entries. Leaves in shared.count how many there are of each digit, and in shared.warp_count how many of them
+// come before each warp's.
+__device__ inline void rank_tile(const SortShared& shared, const Item& item, Tile& tile) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t words = item.bins / 2;
+  uint32_t* count = shared.warp_count + threadIdx.x / 32 * words;
+  for (uint32_t word = lane; word < words; word += 32) count[word] = 0;
+  __syncwarp();
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    if (k >= tile.items()) break;
+    const bool present = tile.has(k);
+    const uint32_t digit = item.digit(tile.entry[k].row);
+    unsigned peers = __ballot_sync(kFullWarp, present);
+#pragma unroll
+    for (int bit = 0; bit < kMaxDigitBits; ++bit) {
+      const bool set = digit >> bit & 1;
+      const unsigned vote = __ballot_sync(kFullWarp, set);
+      peers &= set ? vote : ~vote;
+    }
+    const unsigned below = peers & ((1u << lane) - 1);
+    const int half = digit % 2 * 16;
+    uint32_t before = 0;
+    if (present && below == 0) before = atomicAdd(&count[digit / 2], static_cast<uint32_t>(__popc(peers)) << half);
+    before = low_half(__shfl_sync(kFullWarp, before, __ffs(peers) - 1) >> half) + __popc(below);
+    if (k % 2 == 0) {
+      tile.rank[k / 2] = before;
+    } else {
+      tile.rank[k / 2] |= before << 16;
+    }
+  }
+  __syncthreads();
+  const uint32_t word = threadIdx.x;
+  if (word < words) {
+    uint32_t sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const uint32_t own = shared.warp_count[w * words + word];
+      shared.warp_count[w * words + word] = sum;
+      sum += own;
+    }
+    shared.count[word] = sum;
+  }
+  __syncthreads();
+}
+
+// The exclusive sum over threads. Ends with a barrier.
+__device__ inline uint32_t scan_threads(uint32_t value) {
+  __shared__ uint32_t warp_sum[kWarps];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  uint32_t inclusive = value;
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const uint32_t below = __shfl_up_sync(kFullWarp, inclusive, delta);
+    if (lane >= delta) inclusive += below;
+  }
+  if (lane == 31) warp_sum[warp] = inclusive;
+  __syncthreads();
+  uint32_t before = inclusive - value;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += warp_sum[w];
+  }
+  __syncthreads();
+  return before;
+}
+
+// Fills shared.start from the rows of the matrix that are this table's; `chunk` is this block's own.
+__device__ inline void place_digits(const SortShared& shared, const SortParams& params, const Item& item,
+                                    const uint16_t* counts, int chunk) {
+  uint32_t* total = shared.local;
+  for (uint32_t bin = threadIdx.x; bin < item.bins; bin += kThreads) shared.start[bin] = total[bin] = 0;
+  __syncthreads();
+  const uint32_t columns = item.bins / 8;
+  const uint32_t column = threadIdx.x % columns;
+  const int slices = kThreads / columns;
+  uint32_t before[8] = {}, all[8] = {};
+  for (int first = threadIdx.x / columns; first < params.chunks; first += kLoads * slices) {
+    uint4 eight[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int64_t c = first + k * slices;
+      eight[k] = make_uint4(0, 0, 0, 0);
+      if (c < params.chunks) eight[k] = __ldcg(reinterpret_cast<const uint4*>(counts + c * params.bins) + column);
+    }
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const uint32_t word[4] = {eight[k].x, eight[k].y, eight[k].z, eight[k].w};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const uint32_t count = j % 2 == 0 ? low_half(word[j / 2]) : high_half(word[j / 2]);
+        all[j] += count;
+        if (first + k * slices < chunk) before[j] += count;
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (all[j] != 0) atomicAdd(&total[8 * column + j], all[j]);
+    if (before[j] != 0) atomicAdd(&shared.start[8 * column + j], before[j]);
+  }
+  __syncthreads();
+  const uint32_t bin = 2 * threadIdx.x;
+  const bool owns = bin < item.bins;
+  const uint32_t lower = scan_threads(owns ? total[bin] + total[bin + 1] : 0);
+  if (owns) {
+    shared.start[bin] += lower;
+    shared.start[bin + 1] += lower + total[bin];
+  }
+  __syncthreads();
+}
+
+// Moves the ranked entries to their places, and shared.start past them.
+__device__ inline void move_tile(const SortShared& shared, const Item& item, const Tile& tile) {
+  const uint32_t bin = 2 * threadIdx.x;
+  const bool owns = bin < item.bins;
+  const uint32_t own = owns ? shared.count[threadIdx.x] : 0;
+  const uint32_t lower = scan_threads(low_half(own) + high_half(own));
+  if (owns) {
+    shared.local[bin] = lower;
+    shared.local[bin + 1] = lower + low_half(own);
+  }
+  __syncthreads();
+  const uint32_t* count = shared.warp_count + threadIdx.x / 32 * (item.bins / 2);
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    if (k >= tile.items()) break;
+    if (tile.has(k)) {
+      const uint32_t digit = item.digit(tile.entry[k].row);
+      const uint32_t earlier = low_half(count[digit / 2] >> digit % 2 * 16);
+      const uint32_t rank = low_half(tile.rank[k / 2] >> k % 2 * 16);
+      shared.tile[shared.local[digit] + earlier + rank] = tile.entry[k];
+    }
+  }
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < tile.length; i += kThreads) {
+    const Lookup moved = shared.tile[i];
+    const uint32_t digit = item.digit(moved.row);
+    item.destination[shared.start[digit] + (i - shared.local[digit])] = moved;
+  }
+  __syncthreads();
+  if (owns) {
+    shared.start[bin] += low_half(own);
+    shared.start[bin + 1] += high_half(own);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 1) sort_indices(const __grid_constant__ SortParams params) {
+  extern __shared__ __align__(16) char memory[];
+  const SortShared shared(memory, params);
+  const int num_items = params.num_tables * params.chunks;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t num_threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  const auto grid = cooperative_groups::this_grid();
+  int64_t zeroed = 0;
+  const auto barrier = [&] {
+    auto token = grid.barrier_arrive();
+    const int64_t bytes = min(params.zeros_at_barrier, params.zeros_bytes - zeroed);
+    if (bytes > 0) fill_zero(static_cast<char*>(params.zeros) + zeroed, bytes, thread, num_threads);
+    zeroed += bytes;
+    grid.barrier_wait(std::move(token));
+  };
+  fill_zero(params.flags, params.flags_bytes, thread, num_threads);
+  // Addresses of the lists are looked up while the indices are read: the first access to a page waits for that.
+  const int64_t list_bytes = static_cast<int64_t>(params.num_tables) * params.num_rows * sizeof(Lookup);
+  for (int64_t at = threadIdx.x * kPageBytes; at < list_bytes; at += kThreads * kPageBytes) {
+    prefetch(reinterpret_cast<const char*>(params.lookups[0]) + at);
+    if (params.passes > 1) prefetch(reinterpret_cast<const char*>(params.lookups[1]) + at);
+  }
+  // A block with a single tile keeps it in registers, and its counts in shared memory, from the ranking to the move.
+  const bool keeps = num_items <= static_cast<int>(gridDim.x) && params.rows_of_chunk <= params.tile;
+  Tile tile;
+  const auto rank = [&](const Item& item, uint32_t begin) {
+    tile.begin = begin;
+    tile.length = min(item.end - begin, static_cast<uint32_t>(params.tile));
+    read_tile(params, item, tile);
+    rank_tile(shared, item, tile);
+  };
+  for (int pass = 0; pass < params.passes; ++pass) {
+    if (pass > 0) barrier();
+    for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
+      const Item item(params, i, pass);
+      if (pass >= item.table.passes) continue;
+      const bool owns = 2 * threadIdx.x < item.bins;
+      uint32_t count = 0;
+      for (uint32_t begin = item.begin; begin < item.end; begin += params.tile) {
+        rank(item, begin);
+        if (owns) count += shared.count[threadIdx.x];
+      }
+      if (owns) {
+        reinterpret_cast<uint32_t*>(params.counts + static_cast<int64_t>(i) * params.bins)[threadIdx.x] = count;
+      }
+    }
+    barrier();
+    for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
+      const Item item(params, i, pass);
+      if (pass >= item.table.passes) continue;
+      const int chunk = i % params.chunks;
+      place_digits(shared, params, item, params.counts + static_cast<int64_t>(i - chunk) * params.bins, chunk);
+      for (uint32_t begin = item.begin; begin < item.end; begin += params.tile) {
+        if (!keeps) rank(item, begin);
+        move_tile(shared, item, tile);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+IndexSort::IndexSort(const FePlan& plan, const FeBackwardArgs& args, int64_t first, int64_t last,
+                     const DeviceInfo& device) {
+  params_.num_tables = static_cast<int32_t>(last - first);
+  params_.index_type = args.index_type;
+  params_.indices = args.indices;
+  params_.index_row_stride = args.index_row_stride;
+  params_.index_table_stride = args.index_table_stride;
+  params_.num_rows = static_cast<uint32_t>(args.num_rows);
+  for (int64_t t = first; t < last; ++t) {
+    const FeTable& source = args.tables[t];
+    SortTable& table = params_.table[t - first];
+    table.padding_idx = source.padding_idx;
+    table.num_embeddings = static_cast<uint32_t>(source.num_embeddings);
+    table.index_table = static_cast<int32_t>(t);
+    // The highest row, or the one past it that stands for padding.
+    const int64_t highest = source.num_embeddings - (source.padding_idx >= 0 ? 0 : 1);
+    int bits = 1;
+    while (highest >> bits != 0) ++bits;
+    table.passes = static_cast<int32_t>(ceil_div(bits, plan.digit_bits));
+    table.digit_bits = std::max(static_cast<int32_t>(ceil_div(bits, table.passes)), kMinDigitBits);
+    params_.passes = std::max(params_.passes, table.passes);
+    params_.bins = std::max(params_.bins, 1 << table.digit_bits);
+  }
+  const int64_t share = std::max<int64_t>(1, device.properties.num_sms / params_.num_tables);
+  const int64_t chunks =
+      std::max(std::min(share, ceil_div(args.num_rows, kMinChunk)), ceil_div(args.num_rows, kMaxChunk));
+  params_.chunks = static_cast<int32_t>(chunks);
+  params_.rows_of_chunk = static_cast<uint32_t>(ceil_div(args.num_rows, chunks));
+  params_.tile = static_cast<int32_t>(std::min<int64_t>(round_up(params_.rows_of_chunk, kThreads), plan.sort_tile));
+  num_sms_ = device.properties.num_sms;
+  blocks_ = std::min(params_.num_tables * chunks, num_sms_);
+  shared_bytes_ = shared_bytes(params_);
+  max_shared_bytes_ = device.properties.shared_bytes_per_block - kStaticSharedBytes;
+  fits_ = plan.digit_bits <= kMaxDigitBits && plan.sort_tile % kThreads == 0 && plan.sort_tile <= kMaxTile &&
+          plan.sort_tile > 0 && shared_bytes_ <= max_shared_bytes_;
+
+  const int64_t entries = args.num_rows * params_.num_tables;
+  lookups_bytes_ = round_up(entries * sizeof(Lookup), 256);
+  bytes_ = lookups_bytes_ * (params_.passes > 1 ? 2 : 1) +
+           round_up(params_.num_tables * chunks * params_.bins * sizeof(uint16_t), 256);
+}
+
+void IndexSort::place(char* memory) {
+  params_.lookups[0] = reinterpret_cast<Lookup*>(memory);
+  params_.lookups[1] = reinterpret_cast<Lookup*>(memory + lookups_bytes_);  // not used where all tables take one pass
+  params_.counts = reinterpret_cast<uint16_t*>(memory + lookups_bytes_ * (params_.passes > 1 ? 2 : 1));
+}
+
+FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64_t zeros_bytes, cudaStream_t stream) {
+  if (!fits_) return FE_INVALID_ARGUMENT;
+  params_.flags = flags;
+  params_.flags_bytes = flags_bytes;
+  // A few zeros hide behind the barriers; more would delay them, and leave too little for a launch of their own.
+  const int64_t blocks = std::max(blocks_, std::min(num_sms_, ceil_div(zeros_bytes, kZerosOfBlock)));
+  const int64_t barriers = 2 * params_.passes - 1;
+  const int64_t hidden = barriers * blocks * kZerosOfBlock;
+  const int64_t inside = zeros_bytes <= hidden + hidden / 2 ? zeros_bytes : hidden;
+  if (inside < zeros_bytes) {
+    const FeStatus zeroed = check_cuda(
+        cudaMemsetAsync(static_cast<char*>(zeros) + inside, 0, zeros_bytes - inside, stream), "sort_indices zeros");
+    if (zeroed != FE_OK) return zeroed;
+  }
+  params_.zeros = zeros;
+  params_.zeros_bytes = inside;
+  params_.zeros_at_barrier = round_up(ceil_div(inside, barriers), 16);
+  // The same limit in every call: threads that launch at the same time must not lower each other's.
+  const FeStatus status = check_cuda(cudaFuncSetAttribute(sort_indices, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                          static_cast<int>(max_shared_bytes_)),
+                                     "sort_indices shared memory");
+  if (status != FE_OK) return status;
+  return launch_cooperative(sort_indices, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes_, params_,
+                            stream, "sort_indices");
+}
+
+}  // namespace fast_embedding
