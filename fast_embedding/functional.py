@@ -216,7 +216,9 @@ def _traced_fields(key: str) -> _Lists:
 
 
 def _traced_columns(key: str, device: torch.device) -> Tensor:
-    return output_columns(key, device)
+    places = output_columns(key, device)
+    torch._dynamo.mark_static(places)  # torch 2.4 would take a constant's sizes for dynamic ones, and fail
+    return places
 
 
 # Dynamo calls these two while it traces, and their results are constants of the graph. This mark is all that
