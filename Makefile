@@ -16,6 +16,7 @@ ARCHS =
 WHEEL =
 OUT = results/gpu-check
 GPU_CHECK_ARGS =
+AARCH64_CXX ?= aarch64-linux-gnu-g++
 DIST_CHECK_ARGS =
 
 VENV := .venv
@@ -43,6 +44,18 @@ test: install ## Run the tests on the installed package.
 .PHONY: test-compat
 test-compat: $(VENV)/.compat ## Run the tests beside transformers and others, and in several processes.
 	@$(MAKE) --no-print-directory test PYTEST_ARGS="-m compat $(PYTEST_ARGS)"
+
+.PHONY: sanitize
+sanitize: install ## Run the CPU's tests under AddressSanitizer and UBSan (needs g++; some 10 minutes).
+	$(BIN)/python tools/sanitize $(PYTEST_ARGS)
+
+.PHONY: aarch64
+aarch64: ## Compile the CPU kernels for aarch64, warnings being errors (AARCH64_CXX).
+	@command -v $(AARCH64_CXX) >/dev/null || \
+	  { echo "no $(AARCH64_CXX): on Debian and Ubuntu, apt-get install g++-aarch64-linux-gnu" >&2; exit 1; }
+	@mkdir -p build/aarch64
+	$(AARCH64_CXX) -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Icsrc/include -shared -Wl,-z,defs \
+	  csrc/cpu/*.cpp csrc/plan.cpp -o build/aarch64/libfast_embedding_cpu.so
 
 .PHONY: bench
 bench: install ## Run the benchmark and the training runs on this machine's device (BENCH_ARGS="--quick", "--full", ...).

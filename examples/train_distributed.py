@@ -15,8 +15,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from fast_embedding import FastEmbedding, FastMultiEmbedding
@@ -56,11 +54,14 @@ def make_model(strategy: str, device: torch.device) -> nn.Module:
     model: nn.Module = TokenModel(sparse=strategy == "ddp-sparse").to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     if strategy == "fsdp":
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard  # from torch 2.6
 
         fully_shard(model.tokens, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     if strategy == "tensor":
+        from torch.distributed.tensor import Replicate  # from torch 2.5
+        from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
         # Each process has VOCABULARY / processes rows, and every process the whole batch.
         return parallelize_module(model, mesh, {"tokens": RowwiseParallel(input_layouts=Replicate())})
     return DistributedDataParallel(model)

@@ -17,7 +17,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -78,9 +78,19 @@ def load() -> None:
         raise RuntimeError(binding.reason)
 
 
-# torch.compiler.assume_constant_result(load), which would import all of torch._dynamo: Dynamo calls load() while it
-# traces and leaves it out of the graph.
-load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _make_load_while_tracing() -> Callable[[], None]:
+    # Dynamo of torch 2.4 binds what the call returns to a global variable of the function's own name, in the module
+    # that it compiles: it must be nobody's.
+    def fast_embedding_loaded() -> None:
+        load()
+
+    # torch.compiler.assume_constant_result(...), which would import all of torch._dynamo.
+    fast_embedding_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fast_embedding_loaded
+
+
+# load() for code that torch.compile traces: Dynamo calls it while it traces and leaves it out of the graph.
+load_while_tracing = _make_load_while_tracing()
 
 
 def require(device_type: str) -> None:

@@ -18,12 +18,21 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from fast_embedding import FastEmbedding, FastMultiEmbedding, enable, replace_embeddings
 from fast_embedding.distributed import ShardedMultiEmbedding
+
+try:
+    from torch.distributed.tensor import DTensor, Replicate
+except ImportError:  # before torch 2.5, where they became public
+    from torch.distributed._tensor import DTensor, Replicate
+
+try:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+except ImportError:  # before torch 2.6, whose FSDP2 was not public yet and asked for GPUs
+    fully_shard = None
 
 V, D, TABLES, LOCAL_BATCH, STEPS = 64, 16, ([50, 7, 300, 64, 20], [8, 3, 16, 5, 4]), 24, 3
 
@@ -132,8 +141,6 @@ def ddp_many_tables(rank):
 
 
 def fsdp2(rank, model, parts, columns=5, high=V):
-    from torch.distributed.fsdp import fully_shard
-
     model = model.to(rank.device)
     reference = single_process(rank, model, columns, high)
     for part in (*parts(model), model):
@@ -154,6 +161,22 @@ def fsdp2_under_enable(rank):
 
 def fsdp2_many_tables(rank):
     fsdp2(rank, Columns(), lambda model: [model.tables], high=7)
+
+
+def fsdp2_mixed_precision(rank):
+    """Lookups in bfloat16 weights that FSDP2 has cast; stock layers round their sums more often."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    weights, dtypes = [], []
+    for kind in (FastEmbedding, nn.Embedding):
+        model = Model(kind).to(rank.device)
+        model.tokens.register_forward_hook(lambda _, args, output: dtypes.append(output.dtype))
+        for part in (model.tokens, model):
+            fully_shard(part, mesh=rank.mesh, mp_policy=policy)
+        train(model, [rank.part(x) for x in rank.inputs(5, V)])
+        weights.append(full(model.tokens.weight))
+    assert set(dtypes) == {torch.bfloat16}
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3)
+    assert not torch.allclose(weights[0], Model().tokens.weight.to(rank.device), rtol=1e-2, atol=1e-3)
 
 
 def tensor_parallel(rank, model, style):
@@ -187,8 +210,6 @@ def dimension_parallel_under_enable(rank):
 
 def vocabulary_parallel_and_fsdp2(rank):
     """A mesh of two dimensions: pairs of ranks share a table, and the pairs share the batch."""
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh(rank.device.type, (rank.size // 2, 2), mesh_dim_names=("data", "tensor"))
     model = Model().to(rank.device)
     reference = single_process(rank, model, 5, V)
@@ -202,8 +223,6 @@ def vocabulary_parallel_and_fsdp2(rank):
 
 def checkpoint(rank):
     """Saved sharded, read whole, by torch's own layer too, and sharded again; training goes on the same."""
-    from torch.distributed.fsdp import fully_shard
-
     for kind, make, columns, high in (("one", Model, 5, V), ("many", Columns, 5, 7)):
         inputs = rank.inputs(columns, high)
         reference = train(make().to(rank.device), inputs)
@@ -267,6 +286,18 @@ def whole_tables(rank):
     assert torch.equal(again.to_multi_embedding().weight, merged.weight)
 
 
+def whole_tables_and_fsdp2(rank):
+    """The rest of the model sharded, the tables whole on their ranks."""
+    model = Columns().to(rank.device)
+    reference = single_process(rank, model, 5, 7)
+    model.tables = ShardedMultiEmbedding(model.tables)
+    fully_shard(model.head, mesh=rank.mesh)
+    train(model, [rank.part(x) for x in rank.inputs(5, 7)])
+    merged = model.tables.to_multi_embedding()
+    torch.testing.assert_close(merged.weight, reference.tables.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(full(model.head.weight), reference.head.weight, rtol=1e-4, atol=1e-5)
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -278,6 +309,7 @@ CASES = {
         fsdp2_embedding,
         fsdp2_under_enable,
         fsdp2_many_tables,
+        fsdp2_mixed_precision,
         vocabulary_parallel,
         vocabulary_parallel_under_enable,
         dimension_parallel,
@@ -285,6 +317,7 @@ CASES = {
         vocabulary_parallel_and_fsdp2,
         checkpoint,
         whole_tables,
+        whole_tables_and_fsdp2,
     )
 }
 

@@ -147,22 +147,6 @@ def test_func_transforms_of_the_layer(device, many_indices):
     torch.testing.assert_close(torch.func.vmap(call)(stacked), torch.stack([call(w) for w in stacked]))
 
 
-def test_per_sample_gradients(device):
-    """The usual use of vmap(grad): one gradient of the parameters per sample."""
-    layer = FastEmbedding(10, 4, padding_idx=0, device=device)
-    parameters = dict(layer.named_parameters())
-    x = torch.randint(10, (6, 7), device=device)
-
-    def loss(parameters, sample):
-        return torch.func.functional_call(layer, parameters, sample).pow(2).sum()
-
-    mapped = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)["weight"]
-    for sample, gradient in zip(x, mapped, strict=True):
-        layer.zero_grad()
-        layer(sample).pow(2).sum().backward()
-        torch.testing.assert_close(gradient, layer.weight.grad)
-
-
 def test_forward_mode(op, device, indices):
     weight, tangent = torch.randn(2, 5, 3, device=device)
     with forward_ad.dual_level():

@@ -118,6 +118,15 @@ def test_batch_sizes_do_not_recompile(layer, device):
     assert counter.frame_count == 1
 
 
+def test_names_of_who_compiles_are_left_alone(layer, device):
+    """Dynamo of torch 2.4 binds globals there, named as functions of ours."""
+    names = {"layer": layer, **{name: object() for name in ("load", "ops", "functional", "embedding", "torch")}}
+    exec("def step(x): return layer(x).sum()", names)
+    before = dict(names)
+    torch.compile(names["step"], fullgraph=True, backend="aot_eager")(torch.randint(4, (700, 2), device=device))
+    assert {name: names[name] for name in before} == before
+
+
 def test_functional_compiles(device):
     weight = torch.randn(LAYOUT.numel, device=device)
 
@@ -222,7 +231,9 @@ def test_compiled_autograd(layer, device):
     x = torch.randint(4, (700, 2), device=device)
     layer(x).square().sum().backward()
     expected, layer.weight.grad = layer.weight.grad, None
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+    compiled_autograd = torch._dynamo.compiled_autograd
+    enable_it = getattr(compiled_autograd, "_enable", None) or compiled_autograd.enable  # its name up to torch 2.5
+    with enable_it(torch.compile(backend="eager")):
         layer(x).square().sum().backward()
     torch.testing.assert_close(layer.weight.grad, expected)
 
@@ -232,7 +243,9 @@ def test_export_holds_torchs_operations_alone(layer, device, strict):
     x = torch.randint(4, (1000, 2), device=device)
     rows = torch.export.Dim("rows", min=2, max=100_000)
     exported = torch.export.export(layer, (x,), dynamic_shapes=({0: rows},), strict=strict)
-    assert not any("fast_embedding" in target for target in targets(exported.graph_module))
+    holds_ours = any("fast_embedding" in target for target in targets(exported.graph_module))
+    # Before torch 2.7 nothing tells a strict export from torch.compile.
+    assert holds_ours == (strict and not hasattr(torch.compiler, "is_exporting"))
     for n in (5, 3000):
         x = torch.randint(4, (n, 2), device=device)
         torch.testing.assert_close(exported.module()(x), layer(x))

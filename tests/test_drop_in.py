@@ -198,6 +198,12 @@ def test_shapes_of_indices(fast, device, index_dtype, shape):
 def test_empty_and_least_tables(fast, device, sizes):
     layer = fast(*sizes, device=device)
     x = torch.zeros(0 if sizes[0] == 0 else 300, dtype=torch.long, device=device)
+    if sizes[1] == 0 and device.type == "cuda":  # torch's own backward reads beyond its memory there
+        assert layer(x).shape == (300, 0)
+        layer(x).sum().backward()
+        assert layer.weight.grad.shape == sizes
+        torch.cuda.synchronize()
+        return
     assert_trains_as_torchs(layer, x)
 
 
@@ -304,6 +310,22 @@ def test_shared_memory(fast):
     layer.weight.grad = None
     layer.weight.share_memory_()
     assert torch.equal(layer(x), layer.weight[x])
+
+
+def step_of_a_worker(rank, layer, x):
+    layer(x).sum().backward()
+    with torch.no_grad():
+        layer.weight.add_(layer.weight.grad)
+
+
+def test_other_processes_train_what_is_shared():
+    """As Hogwild does: the weight sent to a process is the same memory there, the gradient is the process's own."""
+    x = torch.arange(600) % V
+    layer = FastEmbedding(V, D).share_memory()
+    before = layer.weight.detach().clone()
+    torch.multiprocessing.spawn(step_of_a_worker, (layer, x))
+    assert torch.equal(layer.weight, before + 600 / V)
+    assert layer.weight.grad is None
 
 
 @pytest.mark.parametrize("switch", ["overwrite_module_params_on_conversion", "swap_module_params_on_conversion"])
@@ -437,6 +459,76 @@ def test_saved_tensor_hooks(fast, x, device):
         train(layer, x)
     assert any(tensor.dtype == x.dtype for tensor in packed)
     assert torch.equal(layer.weight.grad, expected)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda loss, weight: torch.func.grad_and_value(loss)(weight),
+        lambda loss, weight: torch.func.jvp(loss, (weight,), (weight.cos(),)),
+        lambda loss, weight: torch.func.vjp(loss, weight)[1](torch.ones((), device=weight.device)),
+        lambda loss, weight: torch.func.hessian(loss)(weight),
+        lambda loss, weight: torch.func.vmap(torch.func.grad(loss))(torch.stack([weight, 2 * weight])),
+        lambda loss, weight: torch.autograd.functional.hvp(loss, weight, weight.sin()),
+    ],
+    ids=["grad", "jvp", "vjp", "hessian", "vmap of grad", "hvp"],
+)
+def test_function_transforms(fast, x, device, padding_idx, transform):
+    """Of a layer as torch.func sees it, with as many indices as our kernels would take."""
+    layer = fast(V, D, padding_idx, device=device)
+
+    def of(candidate):
+        return lambda weight: torch.func.functional_call(candidate, {"weight": weight}, x).sin().mean()
+
+    weight = layer.weight.detach()
+    with torch_alone():
+        expected = transform(of(same(layer)), weight)
+    torch.testing.assert_close(transform(of(layer), weight), expected)
+
+
+def test_jacobians(fast, device):
+    layer = fast(4, 3, device=device)
+    x = torch.randint(4, (80,), device=device)
+    expected = F.one_hot(x, 4).float()[:, None, :, None] * torch.eye(3, device=device)[None, :, None, :]
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        result = jacobian(lambda weight: torch.func.functional_call(layer, {"weight": weight}, x))(layer.weight)
+        assert torch.equal(result, expected)
+
+
+def test_per_sample_gradients(fast, x, device):
+    """vmap(grad) over the samples: each gradient is that of the sample alone."""
+    layer = fast(V, D, 2, device=device)
+    parameters = {"weight": layer.weight.detach()}
+    x = x.view(5, 70)
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(layer, parameters, sample).square().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)["weight"]
+    reference = same(layer)
+    for sample, gradient in zip(x, mapped, strict=True):
+        reference.zero_grad()
+        with torch_alone():
+            reference(sample).square().sum().backward()
+        torch.testing.assert_close(gradient, reference.weight.grad)
+
+
+def test_forward_mode(fast, x, device):
+    """A dual parameter, as torch.autograd.forward_ad makes it, and a gradient of the tangent."""
+    layer = fast(V, D, device=device)
+    tangent = torch.randn(V, D, device=device, requires_grad=True)
+    with torch.autograd.forward_ad.dual_level():
+        weight = torch.autograd.forward_ad.make_dual(layer.weight, tangent)
+        output = torch.func.functional_call(layer, {"weight": weight}, x)
+        primal, derivative = torch.autograd.forward_ad.unpack_dual(output)
+        assert torch.equal(primal, layer.weight[x])
+        assert torch.equal(derivative, tangent[x])
+        (derivative * integers(derivative)).sum().backward()
+    reference = same(layer)
+    with torch_alone():
+        train(reference, x)
+    torch.testing.assert_close(tangent.grad, reference.weight.grad)
 
 
 @pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])

@@ -113,7 +113,8 @@ def test_weight_must_be_2d(op, device, shape):
 def test_other_dtypes_are_left_to_aten(op, dtype):
     weight = torch.randint(2, (5, 3)).to(dtype)
     indices = torch.tensor([4, 0, 4])
-    assert torch.equal(op.embedding(weight, indices).view(torch.uint8), weight[indices].view(torch.uint8))
+    # Bits: some torch can neither compare nor index float8.
+    assert torch.equal(op.embedding(weight, indices).view(torch.uint8), weight.view(torch.uint8)[indices])
 
 
 def test_one_thread_equals_many(op, make_indices):

@@ -110,6 +110,9 @@ class Backward {
         const SortedPlan plan = plan_sorted(group);
         if (!plan.partition.supported) status = FE_UNSUPPORTED;
         *bytes = std::max(*bytes, SortedWorkspace(plan, group.columns, nullptr).bytes);
+        if (may_add_to_one_copy(group)) {
+          *bytes = std::max(*bytes, static_cast<size_t>(plan_private(group).block_stride) * sizeof(acc_t));
+        }
       }
     });
     // Holes between tables are found in the order of the tables' places.
@@ -139,6 +142,8 @@ class Backward {
         case Strategy::kSorted:
           if (may_add_in_place(member)) {
             run_in_place(group, member);
+          } else if (is_alone(member) && may_add_to_one_copy(group)) {
+            run_private(group, workspace, member);
           } else {
             run_sorted(group, workspace, member);
           }
@@ -280,7 +285,16 @@ class Backward {
   // One thread alone reads the gradient in its order and needs no sorted list: 1.0-2.1 times as fast at every shape
   // measured. Its sums differ in their last bits, so not where the bits must be the same at every thread count.
   bool may_add_in_place(const Team::Member& member) const {
-    return sizeof(acc_t) == sizeof(scalar_t) && member.team_size() == 1 && args_.deterministic == 0;
+    return sizeof(acc_t) == sizeof(scalar_t) && is_alone(member);
+  }
+
+  bool is_alone(const Team::Member& member) const { return member.team_size() == 1 && args_.deterministic == 0; }
+
+  // 16-bit sums: into one float32 copy, where it is cheaper than sorting and there is room for it. 81,324 lookups took
+  // in 3000 x 300 4.2 ms in place of 11.5 (all of one row: 2.7, 5.2), in 50257 x 16 0.4 ms in place of 1.4.
+  bool may_add_to_one_copy(const Group& group) const {
+    return group.numel <= args_.num_rows * kPrivateElementsPerIndex &&
+           group.numel * static_cast<int64_t>(sizeof(acc_t)) <= partial_bytes(group.columns);
   }
 
   void run_in_place(const Group& group, Team::Member& member) const {
@@ -316,7 +330,7 @@ class Backward {
 
   void run_private(const Group& group, void* workspace, Team::Member& member) const {
     PrivatePlan plan = plan_private(group);
-    if (member.team_size() == 1 && args_.deterministic == 0) {
+    if (is_alone(member)) {
       plan.num_blocks = 1;
       plan.block_rows = args_.num_rows;
     }

@@ -248,8 +248,13 @@ void sum_rows(accumulator_t<scalar_t>* sum, const scalar_t* grad, int64_t grad_s
       store(sum + column, widen<kWidth>(row(0) + column));
     });
     // Four rows at a time, one after the other: the sum is loaded and stored once, and memory follows four streams.
+    // Where the rows are neighbours they are one stream, which four readers at once would break up.
     int64_t i = 1;
     for (; i + 4 <= count; i += 4) {
+      if (row(i + 3) - row(i - 1) == 4 * dim) {
+        for (int64_t next = 0; next < 4; ++next) add_row(sum, row(i + next), dim);
+        continue;
+      }
       for (int64_t ahead = 0; ahead < 4; ++ahead) prefetch_row(i + ahead + kPrefetchRows - 3);
       for_each_vector<kLanes>(0, dim, [&](auto lanes, int64_t column) __attribute__((always_inline)) {
         constexpr int kWidth = decltype(lanes)::value;
