@@ -206,7 +206,8 @@ def test_many_tables_are_measured(session, dtype, mode, dims):
     record = multi.run(shapes.MultiShape(300, (5, 7), dims, mode=mode), dtype, session)
     check_record(record, session.device.type, (measure.BASELINE, measure.OFFSETS, measure.OURS))
     assert record["distinct"] == [5, 7]
-    assert record["gradient_error"][measure.OFFSETS] <= 1e-2
+    # torch adds the 60 bfloat16 gradients of a row in bfloat16 on some CPUs.
+    assert record["gradient_error"][measure.OFFSETS] <= (1e-5 if dtype == torch.float32 else 60 * 2**-9)
     columns = sum(dims) if mode == "concat" else dims[0]
     moved = (300 * 2 * 8 + 300 * columns * dtype.itemsize + 12 * dims[0] * dtype.itemsize) / RATES.copy * 1e6
     assert record["limit_us"]["forward"] == pytest.approx(moved + RATES.launch_us)

@@ -198,6 +198,12 @@ def test_shapes_of_indices(fast, device, index_dtype, shape):
 def test_empty_and_least_tables(fast, device, sizes):
     layer = fast(*sizes, device=device)
     x = torch.zeros(0 if sizes[0] == 0 else 300, dtype=torch.long, device=device)
+    if sizes[1] == 0 and device.type == "cuda":  # torch's own backward reads beyond its memory there
+        assert layer(x).shape == (300, 0)
+        layer(x).sum().backward()
+        assert layer.weight.grad.shape == sizes
+        torch.cuda.synchronize()
+        return
     assert_trains_as_torchs(layer, x)
 
 
