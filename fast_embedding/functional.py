@@ -212,12 +212,12 @@ def _lists(key: str) -> _Lists:
 
 
 # Dynamo calls these two while it traces, and their results are constants of the graph.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@ops.constant_while_tracing
 def _traced_fields(key: str) -> _Lists:
     return _lists(key)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@ops.constant_while_tracing
 def _traced_columns(key: str, device: torch.device) -> Tensor:
     return output_columns(key, device)
 
