@@ -32,7 +32,7 @@ SOURCES := $(shell find fast_embedding csrc -type f ! -path '*/__pycache__/*' ! 
 
 .PHONY: help
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON, TORCH ($(TORCH)), CUDA (auto, cpu, cu130, ...), ARCHS (\"80 90\"), PYTEST_ARGS, BENCH_ARGS."
 
 .PHONY: test
@@ -49,8 +49,8 @@ test-compat: $(VENV)/.compat ## Run the tests beside transformers and others, an
 sanitize: install ## Run the CPU's tests under AddressSanitizer and UBSan (needs g++; some 10 minutes).
 	$(BIN)/python tools/sanitize $(PYTEST_ARGS)
 
-.PHONY: aarch64
-aarch64: ## Compile the CPU kernels for aarch64, warnings being errors (AARCH64_CXX).
+.PHONY: cross-compile
+cross-compile: ## Compile the CPU kernels for aarch64, warnings being errors (AARCH64_CXX).
 	@command -v $(AARCH64_CXX) >/dev/null || \
 	  { echo "no $(AARCH64_CXX): on Debian and Ubuntu, apt-get install g++-aarch64-linux-gnu" >&2; exit 1; }
 	@mkdir -p build/aarch64

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 
@@ -78,18 +78,29 @@ def load() -> None:
         raise RuntimeError(binding.reason)
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_while_tracing(function: _Function) -> _Function:
+    """torch.compiler.assume_constant_result(), which would import all of torch._dynamo: torch.compile calls the
+    function while it traces, and its result is a constant of the graph.
+
+    Dynamo of torch 2.4 binds the result to a global variable of the function's own name in the module that it compiles:
+    `function.__code__.co_name` must be no name that anyone uses.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def _make_load_while_tracing() -> Callable[[], None]:
-    # Dynamo of torch 2.4 binds what the call returns to a global variable of the function's own name, in the module
-    # that it compiles: it must be nobody's.
+    @constant_while_tracing
     def fast_embedding_loaded() -> None:
         load()
 
-    # torch.compiler.assume_constant_result(...), which would import all of torch._dynamo.
-    fast_embedding_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fast_embedding_loaded
 
 
-# load() for code that torch.compile traces: Dynamo calls it while it traces and leaves it out of the graph.
+# load() for code that torch.compile traces.
 load_while_tracing = _make_load_while_tracing()
 
 

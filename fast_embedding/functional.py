@@ -211,20 +211,17 @@ def _lists(key: str) -> _Lists:
     return list(num_embeddings), list(embedding_dims), list(offsets), list(padding_idx)
 
 
+# Dynamo calls these two while it traces, and their results are constants of the graph.
+@ops.constant_while_tracing
 def _traced_fields(key: str) -> _Lists:
     return _lists(key)
 
 
+@ops.constant_while_tracing
 def _traced_columns(key: str, device: torch.device) -> Tensor:
     places = output_columns(key, device)
     torch._dynamo.mark_static(places)  # torch 2.4 would take a constant's sizes for dynamic ones, and fail
     return places
-
-
-# Dynamo calls these two while it traces, and their results are constants of the graph. This mark is all that
-# torch.compiler.assume_constant_result() leaves; calling it would import Dynamo, 1 to 2 seconds.
-_traced_fields._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_traced_columns._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _falls_through(input: Tensor, weight: Tensor) -> bool:

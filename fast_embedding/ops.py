@@ -11,9 +11,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ._loader import load, load_while_tracing, native_platform, require
+from ._loader import constant_while_tracing, load, load_while_tracing, native_platform, require
 
-__all__ = ["embedding", "load", "multi_embedding", "native_platform", "require", "traced_multi_embedding"]
+__all__ = [
+    "constant_while_tracing",
+    "embedding",
+    "load",
+    "multi_embedding",
+    "native_platform",
+    "require",
+    "traced_multi_embedding",
+]
 
 # By Dynamo, which alone must not see what is behind a torch.ops object; is_compiling() costs 0.1 us more.
 _is_compiling = torch.compiler.is_dynamo_compiling

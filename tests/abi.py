@@ -71,7 +71,10 @@ class PlanQuery(Structure):
 
 
 class Plan(Structure):
-    _fields_ = [(name, c_int32) for name in ("strategy", "tile", "digit_bits", "sort_tile", "threads", "splits", "float32_scratch")]
+    _fields_ = [
+        (name, c_int32)
+        for name in ("strategy", "tile", "digit_bits", "sort_tile", "threads", "splits", "float32_scratch")
+    ]
 
     def __repr__(self):
         return f"Plan({', '.join(f'{name}={getattr(self, name)}' for name, _ in self._fields_)})"
