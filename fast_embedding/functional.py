@@ -211,6 +211,7 @@ def _lists(key: str) -> _Lists:
     return list(num_embeddings), list(embedding_dims), list(offsets), list(padding_idx)
 
 
+# Dynamo calls these two while it traces, and their results are constants of the graph.
 @ops.constant_while_tracing
 def _traced_fields(key: str) -> _Lists:
     return _lists(key)

@@ -108,6 +108,8 @@ def step(device, dtype=torch.float32, index_dtype=torch.int64, n=(40, 5), **opti
     ids=str,
 )
 def test_results_are_torchs(device, dtype, index_dtype, n, options):
+    if device.type == "cuda" and n == (0,) and not {"scale_grad_by_freq", "max_norm"}.isdisjoint(options):
+        pytest.skip("torch launches a kernel of no blocks there, and fails")
     expected = step(device, dtype, index_dtype, n, **options)
     with enable():
         ours = step(device, dtype, index_dtype, n, **options)
@@ -150,6 +152,8 @@ def test_errors_are_torchs(device):
 @pytest.mark.parametrize("padding_idx", [-7, 5, 2**40, 2, -1])
 def test_the_backward_as_an_operator_takes_what_torchs_takes(device, padding_idx):
     """Any padding_idx, and a gradient whose shape is another view of the rows."""
+    if device.type == "cuda" and padding_idx == 2**40:
+        pytest.skip("torch cuts padding_idx to 32 bits there: 2**40 pads row 0")
     x = torch.tensor([[0, 2, 2], [4, 0, 1]], device=device)
     backward = torch.ops.aten.embedding_dense_backward
     for shape in ((2, 3, 4), (6, 4), (3, 2, 4)):

@@ -78,7 +78,7 @@ def test_sixteen_bits_sort_where_atomics_cost_more(plan, scalar_type):
 
 
 def sort_shared_bytes(plan):
-    """Entries that are put in order, two counters of 32 bits a digit, one of 16 bits for each of 16 warps and for all."""
+    """Entries put in order, two counters of 32 bits a digit, one of 16 bits for each of 16 warps and for all."""
     return 8 * plan.sort_tile + (1 << plan.digit_bits) * (2 * 4 + 17 * 2)
 
 

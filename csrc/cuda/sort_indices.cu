@@ -67,7 +67,6 @@ struct Item {
   const SortTable& table;
   const Lookup* source;  // null in the first pass, which reads the indices
   Lookup* destination;
-  const void* indices;
   uint32_t begin, end;
   uint32_t bins, shift;
 
