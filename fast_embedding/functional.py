@@ -219,9 +219,9 @@ def _traced_fields(key: str) -> _Lists:
 
 @ops.constant_while_tracing
 def _traced_columns(key: str, device: torch.device) -> Tensor:
-    places = output_columns(key, device)
-    torch._dynamo.mark_static(places)  # torch 2.4 would take a constant's sizes for dynamic ones, and fail
-    return places
+    columns = output_columns(key, device)
+    torch._dynamo.mark_static(columns)  # or dynamic=True makes a symbol of its size, which torch 2.4 cannot guard
+    return columns
 
 
 def _falls_through(input: Tensor, weight: Tensor) -> bool:
