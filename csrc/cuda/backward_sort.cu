@@ -62,12 +62,6 @@ struct SumShared {
   Pack<acc_t<scalar_t>, kSize> incoming[kMaxLanes];
 };
 
-__device__ inline const SumTable& table_of_work(const SumParams& params, int64_t work) {
-  int t = params.num_tables - 1;
-  while (params.table[t].first_work > work) --t;
-  return params.table[t];
-}
-
 // How many parts before `work` the run that comes into it reaches back. The first warp calls.
 __device__ inline uint32_t look_back(const SumParams& params, int64_t work, int chunks) {
   const int lane = threadIdx.x % 32;

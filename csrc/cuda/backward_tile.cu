@@ -200,12 +200,6 @@ __device__ inline void add_runs(const TileShared& shared, const TileParams& para
       });
 }
 
-__device__ inline const TileTable& table_of_work(const TileParams& params, int64_t work) {
-  int t = params.num_tables - 1;
-  while (params.table[t].first_work > work) --t;
-  return params.table[t];
-}
-
 template <typename scalar_t, int kSize>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __grid_constant__ TileParams params) {
   using sum_t = acc_t<scalar_t>;

@@ -169,6 +169,14 @@ struct Divisor {
   __device__ uint32_t quotient(uint32_t value) const { return (__umulhi(value, multiplier) + value) >> shift; }
 };
 
+// The table that a work item of `params` belongs to: items count through the tables, from each one's first_work.
+template <typename Params>
+__device__ inline const auto& table_of_work(const Params& params, int64_t work) {
+  int t = params.num_tables - 1;
+  while (params.table[t].first_work > work) --t;
+  return params.table[t];
+}
+
 // ---- Host ----
 
 // Zeros from this size on are left to cudaMemsetAsync: 5% faster than a kernel's stores, at the price of a launch.
