@@ -68,15 +68,27 @@ bool is_same_table(const FeTable& a, const FeTable& b) {
 
 // ---- Checks -------------------------------------------------------------------------------------------------------
 
+struct Place {
+  int64_t column;
+  bool again;  // the column reads the table of the place before
+};
+
 /// Columns by where their tables stand; those of one table follow each other in column order.
-std::vector<int64_t> by_offset(const Tables& tables) {
+std::vector<Place> by_offset(const Tables& tables) {
   std::vector<int64_t> order(tables.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
     return std::make_pair(tables[a].weight_offset, numel(tables[a])) <
            std::make_pair(tables[b].weight_offset, numel(tables[b]));
   });
-  return order;
+  std::vector<Place> places;
+  places.reserve(order.size());
+  for (const int64_t column : order) {
+    const FeTable& table = tables[column];
+    places.push_back(
+        {column, !places.empty() && numel(table) > 0 && is_same_table(tables[places.back().column], table)});
+  }
+  return places;
 }
 
 /// RuntimeError unless the tables make sense for a flat weight (or gradient) of `weight_numel` elements. Returns
@@ -106,17 +118,15 @@ bool check_tables(const Tables& tables, int64_t weight_numel) {
   }
   bool shared = false;
   end = 0;
-  const FeTable* before = nullptr;
-  for (const int64_t column : by_offset(tables)) {
-    const FeTable& table = tables[column];
-    if (before != nullptr && numel(table) > 0 && is_same_table(*before, table)) {
+  for (const auto& [column, again] : by_offset(tables)) {
+    if (again) {
       shared = true;
       continue;
     }
+    const FeTable& table = tables[column];
     TORCH_CHECK(table.weight_offset >= end, "tables must not overlap unless they are the same, got the offset ",
                 table.weight_offset, " for table ", column, " where another ends at ", end);
     end = table.weight_offset + numel(table);
-    before = &table;
   }
   return shared;
 }
@@ -185,17 +195,15 @@ Tensor composite_backward(const Tensor& grad_output, const Tensor& indices, cons
   const auto zeros = [&](const c10::SymInt& numel) { return grad_output.new_zeros_symint({numel}); };
   std::vector<Tensor> pieces;
   int64_t end = 0;
-  const FeTable* before = nullptr;
-  for (const int64_t column : by_offset(tables)) {
-    const FeTable& table = tables[column];
-    if (before != nullptr && numel(table) > 0 && is_same_table(*before, table)) {
+  for (const auto& [column, again] : by_offset(tables)) {
+    if (again) {
       pieces.back() = pieces.back().add(gradients[column]);
       continue;
     }
+    const FeTable& table = tables[column];
     pieces.push_back(zeros(table.weight_offset - end));
     pieces.push_back(gradients[column]);
     end = table.weight_offset + numel(table);
-    before = &table;
   }
   pieces.push_back(zeros(weight_numel - end));
   return at::cat(pieces);
@@ -299,16 +307,13 @@ Tensor add_shared_tables(const Tensor& grad_output, const Tensor& indices, int64
   TableVector apart(tables.columns.begin(), tables.columns.end());
   std::vector<int64_t> again;  // columns
   int64_t end = (weight_numel + kAlignment - 1) / kAlignment * kAlignment;
-  const FeTable* before = nullptr;
-  for (const int64_t column : by_offset(tables)) {
-    const FeTable& table = tables[column];
-    if (before != nullptr && numel(table) > 0 && is_same_table(*before, table)) {
-      apart[column].weight_offset = end;
-      end += (numel(table) + kAlignment - 1) / kAlignment * kAlignment;
-      again.push_back(column);
-    } else {
-      before = &table;
+  for (const auto& [column, reads_again] : by_offset(tables)) {
+    if (!reads_again) {
+      continue;
     }
+    apart[column].weight_offset = end;
+    end += (numel(tables[column]) + kAlignment - 1) / kAlignment * kAlignment;
+    again.push_back(column);
   }
   const Tensor gradients = multi_embedding_backward_dense(grad_output, indices, end, Tables{apart, tables.combination});
   for (const int64_t column : again) {
