@@ -83,25 +83,18 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def constant_while_tracing(function: _Function) -> _Function:
     """torch.compiler.assume_constant_result(), which would import all of torch._dynamo: torch.compile calls the
-    function while it traces, and its result is a constant of the graph.
-
-    Dynamo of torch 2.4 binds the result to a global variable of the function's own name in the module that it compiles:
-    `function.__code__.co_name` must be no name that anyone uses.
-    """
+    function while it traces, and its result is a constant of the graph."""
+    # Dynamo of torch 2.4 binds the result to a global variable of that name in the module that it compiles.
+    name = f"_fast_embedding_constant_{function.__name__}"
+    function.__code__ = function.__code__.replace(co_name=name)
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-def _make_load_while_tracing() -> Callable[[], None]:
-    @constant_while_tracing
-    def fast_embedding_loaded() -> None:
-        load()
-
-    return fast_embedding_loaded
-
-
-# load() for code that torch.compile traces.
-load_while_tracing = _make_load_while_tracing()
+@constant_while_tracing
+def load_while_tracing() -> None:
+    """:func:`load` for code that torch.compile traces."""
+    load()
 
 
 def require(device_type: str) -> None:
