@@ -5,6 +5,7 @@ FAST_EMBEDDING_REQUIRE_GPU=1 makes a missing GPU a failure.
 """
 
 import os
+from typing import ClassVar
 
 import pytest
 import torch
@@ -144,3 +145,18 @@ def poison():
         del blocks
 
     return fill
+
+
+@pytest.fixture
+def logged():
+    """A subclass of Tensor whose `seen` lists the functions that were called on it."""
+
+    class Logged(torch.Tensor):
+        seen: ClassVar[list] = []
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.seen.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    return Logged

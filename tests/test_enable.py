@@ -321,23 +321,15 @@ def test_a_wrapper_put_around_it_meanwhile_is_kept(device):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_recorders_see_torchs_function():
+def test_recorders_see_torchs_function(logged):
     x, layer = torch.randint(20, (300,)), nn.Embedding(20, 5, padding_idx=1)
-    seen = []
-
-    class Logged(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            seen.append(function)
-            return super().__torch_function__(function, types, args, kwargs or {})
-
     with enable():
-        F.embedding(x, layer.weight.as_subclass(Logged))
+        F.embedding(x, layer.weight.as_subclass(logged))
         traced = torch.fx.symbolic_trace(layer)
         scripted = torch.jit.script(nn.Sequential(layer))
         recorded = torch.jit.trace(layer, x)
         exported = [torch.export.export(layer, (x,), strict=strict) for strict in (False, True)]
-    assert TORCHS_EMBEDDING in seen
+    assert TORCHS_EMBEDDING in logged.seen
     assert TORCHS_EMBEDDING in [node.target for node in traced.graph.nodes]
     for module in (traced, scripted, recorded, *(program.module() for program in exported)):
         assert torch.equal(module(x), layer(x))

@@ -135,21 +135,13 @@ except IndexError as error:
 
 
 @pytest.mark.parametrize("n", [SMALL, LARGE])
-def test_subclasses_of_tensor_see_torchs_function(n):
-    seen = []
-
-    class Logged(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            seen.append(function)
-            return super().__torch_function__(function, types, args, kwargs or {})
-
+def test_subclasses_of_tensor_see_torchs_function(logged, n):
     x, weight = torch.randint(20, (n,)), torch.randn(20, 5)
-    assert torch.equal(functional.embedding(x, weight.as_subclass(Logged)).as_subclass(torch.Tensor), weight[x])
-    assert F.embedding in seen
-    seen.clear()
-    functional.embedding(x.as_subclass(Logged), weight)
-    assert F.embedding in seen
+    assert torch.equal(functional.embedding(x, weight.as_subclass(logged)).as_subclass(torch.Tensor), weight[x])
+    assert F.embedding in logged.seen
+    logged.seen.clear()
+    functional.embedding(x.as_subclass(logged), weight)
+    assert F.embedding in logged.seen
 
 
 def test_function_modes_see_the_lookup():
