@@ -138,10 +138,11 @@ FeStatus launch(OwnParams& params, const DeviceInfo& device, cudaStream_t stream
 
 }  // namespace
 
-FeStatus backward_own(const FePlan& /*plan*/, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+FeStatus backward_own(const FePlan& /*plan*/, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                       size_t* workspace_bytes, cudaStream_t stream) {
-  if (args.num_tables != 1 || args.num_rows > kMaxIndices) return FE_INVALID_ARGUMENT;
-  const FeTable& table = args.tables[0];
+  const FeBackwardArgs& args = call.args;
+  if (call.tables.size() != 1 || args.num_rows > kMaxIndices) return FE_INVALID_ARGUMENT;
+  const TableSlice& table = call.tables[0];
   const int64_t scalar = scalar_bytes(args.scalar_type);
   const int64_t table_numel = table.num_embeddings * table.embedding_dim;
   if (workspace == nullptr) {
@@ -169,7 +170,7 @@ FeStatus backward_own(const FePlan& /*plan*/, const FeBackwardArgs& args, const 
   params.padding_idx = table.padding_idx;
   params.embedding_dim = static_cast<int32_t>(table.embedding_dim);
   params.write_zeros = !memset;
-  const int64_t bytes = pack_bytes(args, table, /*first_column=*/0);
+  const int64_t bytes = pack_bytes(args, table);
   return dispatch_scalar(args.scalar_type, [&](auto value) {
     using scalar_t = decltype(value);
     return dispatch_pack<scalar_t>(

@@ -179,13 +179,14 @@ FeStatus launch(const FePlan& plan, PrivateParams params, const DeviceInfo& devi
 
 }  // namespace
 
-FeStatus backward_private(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+FeStatus backward_private(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                           size_t* workspace_bytes, cudaStream_t stream) {
-  if (args.num_tables != 1 || plan.threads < 32 || plan.threads > kMaxThreads || plan.threads % 32 != 0 ||
-      plan.splits < 1 || args.tables[0].num_embeddings == 0 || args.tables[0].embedding_dim == 0) {
+  const FeBackwardArgs& args = call.args;
+  if (call.tables.size() != 1 || plan.threads < 32 || plan.threads > kMaxThreads || plan.threads % 32 != 0 ||
+      plan.splits < 1 || call.tables[0].num_embeddings == 0 || call.tables[0].embedding_dim == 0) {
     return FE_INVALID_ARGUMENT;
   }
-  const FeTable& table = args.tables[0];
+  const TableSlice& table = call.tables[0];
   const size_t needed = static_cast<size_t>(plan.splits) * table.num_embeddings * table.embedding_dim *
                         accumulator_bytes(args.scalar_type);
   if (workspace == nullptr) {

@@ -182,8 +182,7 @@ struct SumLaunch {
   int64_t partial_stride = 0;
 };
 
-void add_table(const FeBackwardArgs& args, const FeTable& source, const Lookup* lookups, int64_t first_column,
-               SumLaunch* launch) {
+void add_table(const FeBackwardArgs& args, const TableSlice& source, const Lookup* lookups, SumLaunch* launch) {
   SumTable& table = launch->params.table[launch->params.num_tables++];
   table.lookups = lookups;
   const int64_t columns = launch->pack / scalar_bytes(args.scalar_type);
@@ -192,7 +191,7 @@ void add_table(const FeBackwardArgs& args, const FeTable& source, const Lookup* 
   table.first_work = launch->work;
   table.num_embeddings = static_cast<uint32_t>(source.num_embeddings);
   table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
-  table.first_column = static_cast<int32_t>(first_column);
+  table.first_column = static_cast<int32_t>(source.first_column);
   table.chunks = static_cast<int32_t>(ceil_div(packs, kMaxLanes));
   table.lanes = static_cast<int32_t>(ceil_div(packs, table.chunks));
   launch->work += ceil_div(args.num_rows, launch->params.part) * table.chunks;
@@ -211,22 +210,22 @@ FeStatus sum(const SumLaunch& launch, cudaStream_t stream) {
 
 }  // namespace
 
-FeStatus backward_sort(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+FeStatus backward_sort(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                        size_t* workspace_bytes, cudaStream_t stream) {
+  const FeBackwardArgs& args = call.args;
   if (plan.tile < 32 || plan.tile > kMaxPart || plan.digit_bits < 1) return FE_INVALID_ARGUMENT;
+  const int64_t num_tables = static_cast<int64_t>(call.tables.size());
   size_t needed = 0;
-  int64_t first_column = 0;
-  for (int64_t first = 0; first < args.num_tables; first += kMaxSortTables) {
-    const int64_t last = std::min<int64_t>(first + kMaxSortTables, args.num_tables);
-    IndexSort sort(plan, args, first, last, device);
+  for (int64_t first = 0; first < num_tables; first += kMaxSortTables) {
+    const int64_t last = std::min<int64_t>(first + kMaxSortTables, num_tables);
+    IndexSort sort(plan, call, first, last, device);
     if (workspace != nullptr) sort.place(static_cast<char*>(workspace));
     SumLaunch launches[] = {{16}, {8}, {scalar_bytes(args.scalar_type)}};
     for (SumLaunch& launch : launches) launch.params.part = plan.tile;
     for (int64_t t = first; t < last; ++t) {
-      const int64_t pack = pack_bytes(args, args.tables[t], first_column);
+      const int64_t pack = pack_bytes(args, call.tables[t]);
       SumLaunch& launch = launches[pack == 16 ? 0 : pack == 8 ? 1 : 2];
-      add_table(args, args.tables[t], sort.sorted(t - first), first_column, &launch);
-      first_column += args.tables[t].embedding_dim;
+      add_table(args, call.tables[t], sort.sorted(t - first), &launch);
     }
 
     int64_t flags_bytes = 0, partials_bytes = 0;

@@ -36,7 +36,7 @@ struct TileTable {
   int32_t first_column;  // of the table's slice of grad_output
   int32_t lanes;         // threads that share a row: a column chunk
   int32_t chunks;
-  int32_t index_table;
+  int32_t index_column;
 };
 
 struct TileParams {
@@ -128,7 +128,7 @@ __device__ inline uint32_t scan_counts(const TileShared& shared, const TileParam
 static __noinline__ __device__ void fail_in_tile(const TileParams& params, const TileTable& table, int64_t first_row) {
   for (int64_t row = first_row + threadIdx.x; row < min(first_row + params.tile, params.num_rows); row += kThreads) {
     check_index(load_index(params.indices, params.index_type,
-                           row * params.index_row_stride + table.index_table * params.index_table_stride),
+                           row * params.index_row_stride + table.index_column * params.index_table_stride),
                 table.num_embeddings);
   }
 }
@@ -150,7 +150,7 @@ __device__ inline uint32_t group_tile(const TileShared& shared, const TileParams
     if (position < params.tile && first_row + position < params.num_rows) {
       const int64_t index =
           load_index(params.indices, params.index_type,
-                     (first_row + position) * params.index_row_stride + table.index_table * params.index_table_stride);
+                     (first_row + position) * params.index_row_stride + table.index_column * params.index_table_stride);
       in_range = in_range && is_in_range(index, table.num_embeddings);
       row[k] = static_cast<uint32_t>(index);
       if (index != table.padding_idx) present |= 1u << k;
@@ -272,8 +272,7 @@ struct TileLaunch {
   TileParams params{};
 };
 
-void add_table(const FeBackwardArgs& args, int64_t t, int64_t first_column, TileLaunch* launch) {
-  const FeTable& source = args.tables[t];
+void add_table(const FeBackwardArgs& args, const TableSlice& source, TileLaunch* launch) {
   TileParams& params = launch->params;
   TileTable& table = params.table[params.num_tables++];
   table.num_embeddings = source.num_embeddings;
@@ -281,8 +280,8 @@ void add_table(const FeBackwardArgs& args, int64_t t, int64_t first_column, Tile
   table.padding_idx = source.padding_idx;
   table.first_work = params.num_work;
   table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
-  table.first_column = static_cast<int32_t>(first_column);
-  table.index_table = static_cast<int32_t>(t);
+  table.first_column = static_cast<int32_t>(source.first_column);
+  table.index_column = static_cast<int32_t>(source.index_column);
   split_columns(ceil_div(std::max<int64_t>(source.embedding_dim, 1) * scalar_bytes(args.scalar_type), launch->pack),
                 &table);
   params.num_work += ceil_div(args.num_rows, params.tile) * table.chunks;
@@ -290,8 +289,9 @@ void add_table(const FeBackwardArgs& args, int64_t t, int64_t first_column, Tile
 
 }  // namespace
 
-FeStatus backward_tile(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                        size_t* workspace_bytes, cudaStream_t stream) {
+  const FeBackwardArgs& args = call.args;
   const bool scratch = scalar_bytes(args.scalar_type) == 2;
   if (plan.tile < kThreads || plan.tile > kMaxTile || plan.tile % kThreads != 0 ||
       scratch != (plan.float32_scratch != 0)) {
@@ -322,16 +322,14 @@ FeStatus backward_tile(const FePlan& plan, const FeBackwardArgs& args, const Dev
 
   // A launch for each width and 64 tables. The first writes the zeros, the last rounds.
   std::vector<TileLaunch> launches;
-  int64_t first_column = 0;
-  for (int64_t t = 0; t < args.num_tables; ++t) {
-    const int64_t pack = pack_bytes(args, args.tables[t], first_column);
+  for (const TableSlice& table : call.tables) {
+    const int64_t pack = pack_bytes(args, table);
     const auto takes = [&](const TileLaunch& launch) {
       return launch.pack == pack && launch.params.num_tables < kMaxTables;
     };
     auto launch = std::find_if(launches.begin(), launches.end(), takes);
     if (launch == launches.end()) launch = launches.insert(launches.end(), TileLaunch{pack, common});
-    add_table(args, t, first_column, &*launch);
-    first_column += args.tables[t].embedding_dim;
+    add_table(args, table, &*launch);
   }
   launches.front().params.zero_first = 1;
   launches.back().params.round_last = scratch;

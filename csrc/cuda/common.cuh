@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "fast_embedding.h"
 
@@ -208,11 +209,22 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
 inline int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
 
-// The widest access that all of a table's rows allow, in grad_output from `first_column` and in grad_weight: 16 or 8
-// bytes or one element.
-inline int64_t pack_bytes(const FeBackwardArgs& args, const FeTable& table, int64_t first_column) {
+// A table of a call: which columns of the indices and of grad_output are its own.
+struct TableSlice : FeTable {
+  int64_t index_column;
+  int64_t first_column;
+};
+
+// What a strategy is asked to do: the gradient of some of a call's tables.
+struct BackwardCall {
+  const FeBackwardArgs& args;  // what all tables share; the tables are those below
+  std::vector<TableSlice> tables;
+};
+
+// The widest access that all of a table's rows allow in grad_output and in grad_weight: 16 or 8 bytes or one element.
+inline int64_t pack_bytes(const FeBackwardArgs& args, const TableSlice& table) {
   const int64_t scalar = scalar_bytes(args.scalar_type);
-  const uint64_t bits = (reinterpret_cast<uintptr_t>(args.grad_output) + first_column * scalar) |
+  const uint64_t bits = (reinterpret_cast<uintptr_t>(args.grad_output) + table.first_column * scalar) |
                         (reinterpret_cast<uintptr_t>(args.grad_weight) + table.weight_offset * scalar) |
                         args.grad_output_stride * scalar | table.embedding_dim * scalar;
   return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : scalar;
@@ -243,13 +255,13 @@ FeStatus dispatch_pack(int64_t bytes, Function&& f) {
 }
 
 // The strategies. Each takes workspace == nullptr as the size query; embedding_backward.cu has checked the arguments.
-FeStatus backward_own(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+FeStatus backward_own(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                       size_t* workspace_bytes, cudaStream_t stream);
-FeStatus backward_private(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+FeStatus backward_private(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                           size_t* workspace_bytes, cudaStream_t stream);
-FeStatus backward_tile(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                        size_t* workspace_bytes, cudaStream_t stream);
-FeStatus backward_sort(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device, void* workspace,
+FeStatus backward_sort(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                        size_t* workspace_bytes, cudaStream_t stream);
 
 }  // namespace fast_embedding

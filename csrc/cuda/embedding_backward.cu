@@ -20,13 +20,26 @@ FeStatus check_arguments(const FeBackwardArgs* args) {
   return FE_OK;
 }
 
-FePlanQuery plan_query(const FeBackwardArgs& args, const DeviceInfo& device) {
+// The tables side by side in grad_output.
+BackwardCall concatenated(const FeBackwardArgs& args) {
+  BackwardCall call{args, {}};
+  call.tables.reserve(args.num_tables);
+  int64_t first_column = 0;
+  for (int64_t t = 0; t < args.num_tables; ++t) {
+    call.tables.push_back({args.tables[t], t, first_column});
+    first_column += args.tables[t].embedding_dim;
+  }
+  return call;
+}
+
+FePlanQuery plan_query(const BackwardCall& call, const DeviceInfo& device) {
+  const FeBackwardArgs& args = call.args;
   FePlanQuery query{};
   query.scalar_type = args.scalar_type;
-  query.num_tables = args.num_tables;
-  for (int64_t t = 0; t < args.num_tables; ++t) {
-    query.num_embeddings += args.tables[t].num_embeddings;
-    query.embedding_dim = std::max(query.embedding_dim, args.tables[t].embedding_dim);
+  query.num_tables = static_cast<int64_t>(call.tables.size());
+  for (const TableSlice& table : call.tables) {
+    query.num_embeddings += table.num_embeddings;
+    query.embedding_dim = std::max(query.embedding_dim, table.embedding_dim);
   }
   query.num_indices = args.num_rows;
   query.grad_weight_numel = args.grad_weight_numel;
@@ -52,23 +65,24 @@ FeStatus run(const FePlan* given, const FeBackwardArgs* args, void* workspace, s
     return check_cuda(cudaMemsetAsync(args->grad_weight, 0, bytes, cuda_stream), "embedding_backward");
   }
 
+  const BackwardCall call = concatenated(*args);
   FePlan plan;
   if (given != nullptr) {
     plan = *given;
   } else {
-    const FePlanQuery query = plan_query(*args, *device);
+    const FePlanQuery query = plan_query(call, *device);
     status = fe_plan_embedding_backward(&query, &plan);
     if (status != FE_OK) return status;
   }
   switch (plan.strategy) {
     case FE_STRATEGY_OWN:
-      return backward_own(plan, *args, *device, workspace, workspace_bytes, cuda_stream);
+      return backward_own(plan, call, *device, workspace, workspace_bytes, cuda_stream);
     case FE_STRATEGY_PRIVATE:
-      return backward_private(plan, *args, *device, workspace, workspace_bytes, cuda_stream);
+      return backward_private(plan, call, *device, workspace, workspace_bytes, cuda_stream);
     case FE_STRATEGY_TILE:
-      return backward_tile(plan, *args, *device, workspace, workspace_bytes, cuda_stream);
+      return backward_tile(plan, call, *device, workspace, workspace_bytes, cuda_stream);
     case FE_STRATEGY_SORT:
-      return backward_sort(plan, *args, *device, workspace, workspace_bytes, cuda_stream);
+      return backward_sort(plan, call, *device, workspace, workspace_bytes, cuda_stream);
   }
   return FE_INVALID_ARGUMENT;
 }

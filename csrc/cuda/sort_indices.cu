@@ -84,7 +84,7 @@ struct Item {
 
 __device__ inline int64_t read_index(const SortParams& params, const SortTable& table, uint32_t position) {
   return load_index(params.indices, params.index_type,
-                    position * params.index_row_stride + table.index_table * params.index_table_stride);
+                    position * params.index_row_stride + table.index_column * params.index_table_stride);
 }
 
 __device__ inline void prefetch(const char* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
@@ -342,8 +342,9 @@ __global__ void __launch_bounds__(kThreads, 1) sort_indices(const __grid_constan
 
 }  // namespace
 
-IndexSort::IndexSort(const FePlan& plan, const FeBackwardArgs& args, int64_t first, int64_t last,
+IndexSort::IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first, int64_t last,
                      const DeviceInfo& device) {
+  const FeBackwardArgs& args = call.args;
   params_.num_tables = static_cast<int32_t>(last - first);
   params_.index_type = args.index_type;
   params_.indices = args.indices;
@@ -351,11 +352,11 @@ IndexSort::IndexSort(const FePlan& plan, const FeBackwardArgs& args, int64_t fir
   params_.index_table_stride = args.index_table_stride;
   params_.num_rows = static_cast<uint32_t>(args.num_rows);
   for (int64_t t = first; t < last; ++t) {
-    const FeTable& source = args.tables[t];
+    const TableSlice& source = call.tables[t];
     SortTable& table = params_.table[t - first];
     table.padding_idx = source.padding_idx;
     table.num_embeddings = static_cast<uint32_t>(source.num_embeddings);
-    table.index_table = static_cast<int32_t>(t);
+    table.index_column = static_cast<int32_t>(source.index_column);
     // The highest row, or the one past it that stands for padding.
     const int64_t highest = source.num_embeddings - (source.padding_idx >= 0 ? 0 : 1);
     int bits = 1;

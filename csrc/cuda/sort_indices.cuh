@@ -17,7 +17,7 @@ struct Lookup {
 struct SortTable {
   int64_t padding_idx;
   uint32_t num_embeddings;
-  int32_t index_table;
+  int32_t index_column;
   int32_t digit_bits;
   int32_t passes;
 };
@@ -47,7 +47,7 @@ struct SortParams {
 // The sort of tables [first, last) of a call, laid out in a workspace.
 class IndexSort {
  public:
-  IndexSort(const FePlan& plan, const FeBackwardArgs& args, int64_t first, int64_t last, const DeviceInfo& device);
+  IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first, int64_t last, const DeviceInfo& device);
 
   int64_t bytes() const { return bytes_; }
   // Takes bytes() bytes of memory, aligned to 256.
