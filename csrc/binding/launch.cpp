@@ -143,8 +143,17 @@ bool run_cpu(FeStatus (*kernel)(const Args*, void*, size_t*, const FeCpuContext*
   return status == FE_OK;
 }
 
-bool check_cuda(FeStatus status, const CudaKernels& kernels) {
-  TORCH_CHECK(status != FE_CUDA_ERROR, "fast_embedding: CUDA error: ", kernels.last_error());
+template <typename Args>
+bool run_cuda(FeStatus (*kernel)(const Args*, void*, size_t*, void*), const Args& args, const Tensor& like) {
+  const c10::DeviceGuard guard(like.device());
+  void* stream = current_stream(like.device());
+  size_t bytes = 0;
+  FeStatus status = kernel(&args, nullptr, &bytes, stream);
+  if (status == FE_OK) {
+    Workspace workspace(bytes, like);
+    status = kernel(&args, workspace.data(), workspace.bytes(), stream);
+  }
+  TORCH_CHECK(status != FE_CUDA_ERROR, "fast_embedding: CUDA error: ", cuda_kernels().last_error());
   TORCH_CHECK(status == FE_OK || status == FE_UNSUPPORTED, "fast_embedding: the CUDA kernel failed, status ",
               static_cast<int>(status));
   return status == FE_OK;
@@ -212,37 +221,14 @@ IndexRows as_index_rows(const Tensor& indices, bool last_is_table) {
   return {std::move(storage), type, num_rows, *stride, table_stride};
 }
 
-bool has_sum_kernels(const Tensor& like) { return like.is_cpu(); }
-
-bool run_forward(const FeForwardArgs& args, const Tensor& like, const Tensor& indices, Combination combination) {
-  const bool sums = combination == Combination::kSum;
-  if (like.is_cpu()) {
-    const CpuKernels& kernels = cpu_kernels();
-    return run_cpu(sums ? kernels.sum_forward : kernels.forward, args, like, indices);
-  }
-  TORCH_INTERNAL_ASSERT(!sums);
-  const CudaKernels& kernels = cuda_kernels();
-  const c10::DeviceGuard guard(like.device());
-  Workspace none(0, like);  // by contract, the CUDA forward needs no memory
-  return check_cuda(kernels.forward(&args, none.data(), none.bytes(), current_stream(like.device())), kernels);
+bool run_forward(const FeForwardArgs& args, const Tensor& like, const Tensor& indices) {
+  return like.is_cpu() ? run_cpu(cpu_kernels().forward, args, like, indices)
+                       : run_cuda(cuda_kernels().forward, args, like);
 }
 
-bool run_backward(const FeBackwardArgs& args, const Tensor& like, const Tensor& indices, Combination combination) {
-  const bool sums = combination == Combination::kSum;
-  if (like.is_cpu()) {
-    const CpuKernels& kernels = cpu_kernels();
-    return run_cpu(sums ? kernels.sum_backward : kernels.backward, args, like, indices);
-  }
-  TORCH_INTERNAL_ASSERT(!sums);
-  const CudaKernels& kernels = cuda_kernels();
-  const c10::DeviceGuard guard(like.device());
-  void* stream = current_stream(like.device());
-  size_t bytes = 0;
-  if (!check_cuda(kernels.backward(&args, nullptr, &bytes, stream), kernels)) {
-    return false;
-  }
-  Workspace workspace(bytes, like);
-  return check_cuda(kernels.backward(&args, workspace.data(), workspace.bytes(), stream), kernels);
+bool run_backward(const FeBackwardArgs& args, const Tensor& like, const Tensor& indices) {
+  return like.is_cpu() ? run_cpu(cpu_kernels().backward, args, like, indices)
+                       : run_cuda(cuda_kernels().backward, args, like);
 }
 
 }  // namespace fast_embedding

@@ -9,9 +9,6 @@ namespace fast_embedding {
 struct CpuKernels {
   decltype(&fe_cpu_embedding_forward) forward;
   decltype(&fe_cpu_embedding_backward) backward;
-  // The same with the tables' rows added instead of side by side (csrc/cpu/embedding_sum.h).
-  decltype(&fe_cpu_embedding_forward) sum_forward;
-  decltype(&fe_cpu_embedding_backward) sum_backward;
 };
 
 /// Entry points of libfast_embedding_cuda.so.

@@ -18,7 +18,6 @@
 #include <cstring>
 
 #include "common.h"
-#include "embedding_sum.h"
 #include "partition.h"
 #include "row_kernels.h"
 
@@ -90,8 +89,7 @@ class Backward {
  public:
   using acc_t = accumulator_t<scalar_t>;
 
-  Backward(const FeBackwardArgs& args, Combination combination)
-      : args_(args), indices_(args), combination_(combination) {
+  explicit Backward(const FeBackwardArgs& args) : args_(args), indices_(args) {
     for (int64_t t = 0; t < args.num_tables; ++t) {
       total_columns_ += args.tables[t].embedding_dim;
       total_numel_ += numel_of(args.tables[t]);
@@ -190,7 +188,7 @@ class Backward {
 
   // The first column of what follows `count` columns from `column`: a sum's gradient is every table's.
   int64_t column_after(int64_t column, int64_t count) const {
-    return combination_ == Combination::kSum ? column : column + count;
+    return args_.combination == FE_SUM ? column : column + count;
   }
 
   // ---- Plans -----------------------------------------------------------------------------------------------------
@@ -498,16 +496,15 @@ class Backward {
 
   const FeBackwardArgs& args_;
   Indices indices_;
-  Combination combination_;
   const RowKernels& row_kernels_ = row_kernels();
   int64_t total_columns_ = 0;
   int64_t total_numel_ = 0;  // less than grad_weight_numel where there are holes
 };
 
 template <typename scalar_t>
-FeStatus run_backward(const FeBackwardArgs& args, Combination combination, void* workspace, size_t* workspace_bytes,
+FeStatus run_backward(const FeBackwardArgs& args, void* workspace, size_t* workspace_bytes,
                       const FeCpuContext* context) {
-  const Backward<scalar_t> backward(args, combination);
+  const Backward<scalar_t> backward(args);
   size_t needed = 0;
   FeStatus status = backward.workspace_bytes(&needed);
   if (status != FE_OK) return status;
@@ -526,35 +523,24 @@ FeStatus run_backward(const FeBackwardArgs& args, Combination combination, void*
   return FE_OK;
 }
 
-FeStatus backward_of(const FeBackwardArgs* args, Combination combination, void* workspace, size_t* workspace_bytes,
-                     const FeCpuContext* context) {
-  if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
-  const FeStatus status = check_arguments(args, combination, workspace != nullptr, context);
-  if (status != FE_OK) return status;
-  switch (args->scalar_type) {
-    case FE_FLOAT32:
-      return run_backward<float>(*args, combination, workspace, workspace_bytes, context);
-    case FE_FLOAT64:
-      return run_backward<double>(*args, combination, workspace, workspace_bytes, context);
-    case FE_FLOAT16:
-      return run_backward<Float16>(*args, combination, workspace, workspace_bytes, context);
-    case FE_BFLOAT16:
-      return run_backward<BFloat16>(*args, combination, workspace, workspace_bytes, context);
-  }
-  return FE_INVALID_ARGUMENT;
-}
-
 }  // namespace
 }  // namespace fast_embedding::cpu
 
 FeStatus fe_cpu_embedding_backward(const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes,
                                    const FeCpuContext* context) {
   using namespace fast_embedding::cpu;
-  return backward_of(args, Combination::kConcat, workspace, workspace_bytes, context);
-}
-
-FeStatus fe_cpu_embedding_sum_backward(const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes,
-                                       const FeCpuContext* context) {
-  using namespace fast_embedding::cpu;
-  return backward_of(args, Combination::kSum, workspace, workspace_bytes, context);
+  if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
+  const FeStatus status = check_arguments(args, workspace != nullptr, context);
+  if (status != FE_OK) return status;
+  switch (args->scalar_type) {
+    case FE_FLOAT32:
+      return run_backward<float>(*args, workspace, workspace_bytes, context);
+    case FE_FLOAT64:
+      return run_backward<double>(*args, workspace, workspace_bytes, context);
+    case FE_FLOAT16:
+      return run_backward<Float16>(*args, workspace, workspace_bytes, context);
+    case FE_BFLOAT16:
+      return run_backward<BFloat16>(*args, workspace, workspace_bytes, context);
+  }
+  return FE_INVALID_ARGUMENT;
 }
