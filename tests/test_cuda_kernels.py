@@ -103,8 +103,9 @@ class Problem:
 
     def forward(self, library):
         args = abi.ForwardArgs(
-            *self.lookup(), self.weight.data_ptr(), self.output.data_ptr(), self.output.stride(0), self.combination
-        )
+            *self.lookup(), self.weight.data_ptr(), self.output.data_ptr(), self.output.stride(0),
+            combination=self.combination,
+        )  # fmt: skip
         self.output.fill_(torch.nan)
         call_with_workspace(
             library, lambda *workspace: library.fe_cuda_embedding_forward(byref(args), *workspace, stream())
@@ -114,7 +115,7 @@ class Problem:
     def backward(self, library, plan=None, deterministic=False):
         args = abi.BackwardArgs(
             *self.lookup(), self.grad_output.data_ptr(), self.grad_output.stride(0),
-            self.grad_weight.data_ptr(), self.numel, deterministic, self.combination,
+            self.grad_weight.data_ptr(), self.numel, deterministic, combination=self.combination,
         )  # fmt: skip
 
         def call(*workspace):

@@ -143,20 +143,24 @@ bool run_cpu(FeStatus (*kernel)(const Args*, void*, size_t*, const FeCpuContext*
   return status == FE_OK;
 }
 
-template <typename Args>
-bool run_cuda(FeStatus (*kernel)(const Args*, void*, size_t*, void*), const Args& args, const Tensor& like) {
-  const c10::DeviceGuard guard(like.device());
-  void* stream = current_stream(like.device());
-  size_t bytes = 0;
-  FeStatus status = kernel(&args, nullptr, &bytes, stream);
-  if (status == FE_OK) {
-    Workspace workspace(bytes, like);
-    status = kernel(&args, workspace.data(), workspace.bytes(), stream);
-  }
-  TORCH_CHECK(status != FE_CUDA_ERROR, "fast_embedding: CUDA error: ", cuda_kernels().last_error());
+bool check_cuda(FeStatus status, const CudaKernels& kernels) {
+  TORCH_CHECK(status != FE_CUDA_ERROR, "fast_embedding: CUDA error: ", kernels.last_error());
   TORCH_CHECK(status == FE_OK || status == FE_UNSUPPORTED, "fast_embedding: the CUDA kernel failed, status ",
               static_cast<int>(status));
   return status == FE_OK;
+}
+
+template <typename Args>
+bool run_cuda(FeStatus (*kernel)(const Args*, void*, size_t*, void*), const CudaKernels& kernels, const Args& args,
+              const Tensor& like) {
+  const c10::DeviceGuard guard(like.device());
+  void* stream = current_stream(like.device());
+  size_t bytes = 0;
+  if (!check_cuda(kernel(&args, nullptr, &bytes, stream), kernels)) {
+    return false;
+  }
+  Workspace workspace(bytes, like);
+  return check_cuda(kernel(&args, workspace.data(), workspace.bytes(), stream), kernels);
 }
 
 }  // namespace
@@ -222,13 +226,19 @@ IndexRows as_index_rows(const Tensor& indices, bool last_is_table) {
 }
 
 bool run_forward(const FeForwardArgs& args, const Tensor& like, const Tensor& indices) {
-  return like.is_cpu() ? run_cpu(cpu_kernels().forward, args, like, indices)
-                       : run_cuda(cuda_kernels().forward, args, like);
+  if (like.is_cpu()) {
+    return run_cpu(cpu_kernels().forward, args, like, indices);
+  }
+  const CudaKernels& kernels = cuda_kernels();
+  return run_cuda(kernels.forward, kernels, args, like);
 }
 
 bool run_backward(const FeBackwardArgs& args, const Tensor& like, const Tensor& indices) {
-  return like.is_cpu() ? run_cpu(cpu_kernels().backward, args, like, indices)
-                       : run_cuda(cuda_kernels().backward, args, like);
+  if (like.is_cpu()) {
+    return run_cpu(cpu_kernels().backward, args, like, indices);
+  }
+  const CudaKernels& kernels = cuda_kernels();
+  return run_cuda(kernels.backward, kernels, args, like);
 }
 
 }  // namespace fast_embedding
