@@ -34,7 +34,13 @@ _LOOKUP = [
 
 
 class ForwardArgs(Structure):
-    _fields_ = [*_LOOKUP, ("weight", c_void_p), ("output", c_void_p), ("output_stride", c_int64), ("combination", c_int32)]
+    _fields_ = [
+        *_LOOKUP,
+        ("weight", c_void_p),
+        ("output", c_void_p),
+        ("output_stride", c_int64),
+        ("combination", c_int32),
+    ]
 
 
 class BackwardArgs(Structure):

@@ -54,9 +54,8 @@ void* open(const char* path, const char* version_symbol) {
 void load(const std::string& device_type, const char* path) {
   if (device_type == "cpu" && cpu_slot.kernels == nullptr) {
     void* library = open(path, "fe_cpu_abi_version");
-    cpu_slot.kernels =
-        new CpuKernels{symbol<decltype(CpuKernels::forward)>(library, "fe_cpu_embedding_forward"),
-                       symbol<decltype(CpuKernels::backward)>(library, "fe_cpu_embedding_backward")};
+    cpu_slot.kernels = new CpuKernels{symbol<decltype(CpuKernels::forward)>(library, "fe_cpu_embedding_forward"),
+                                      symbol<decltype(CpuKernels::backward)>(library, "fe_cpu_embedding_backward")};
   } else if (device_type == "cuda" && cuda_slot.kernels == nullptr) {
     void* library = open(path, "fe_cuda_abi_version");
     cuda_slot.kernels = new CudaKernels{symbol<decltype(CudaKernels::forward)>(library, "fe_cuda_embedding_forward"),

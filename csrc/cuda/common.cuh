@@ -198,8 +198,9 @@ FeStatus device_info(const DeviceInfo** info);
 // Records the CUDA error behind FE_CUDA_ERROR for fe_cuda_last_error().
 FeStatus check_cuda(cudaError_t error, const char* what);
 
-// Lets a kernel have up to `bytes` of dynamic shared memory, the same in all of its calls: threads that launch at the same
-// time must not lower each other's limit. The driver is asked once a device; `allowed`, the kernel's own, remembers.
+// Lets a kernel have up to `bytes` of dynamic shared memory, the same in all of its calls: threads that launch at the
+// same time must not lower each other's limit. The driver is asked once a device; `allowed`, the kernel's own,
+// remembers.
 FeStatus allow_shared_memory(const void* kernel, int64_t bytes, const DeviceInfo& device,
                              std::atomic<uint64_t>* allowed, const char* what);
 

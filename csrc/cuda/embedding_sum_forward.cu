@@ -1,10 +1,11 @@
 // The forward of a sum: output[b] = table_0[x[b, 0]] + table_1[x[b, 1]] + ..., in this order, in float32 (float64 for
 // float64), rounded once. One launch for up to kMaxTables tables; more of them carry their sums from launch to launch.
 //
-// A block takes a few rows of the output. It first works out where the rows of all tables begin, once for all words of a
-// row: done for each word, addresses and checks would take twice the instructions of the sum itself. Then every thread
-// sums one word of the output at a time, of 16, 8, 4 or 2 bytes, with as many table rows in flight as 16 registers
-// hold. Small tables are read from the L1, whose rate bounds this kernel: n rows are read for each that is written.
+// A block takes a few rows of the output. It first works out where the rows of all tables begin, once for all words of
+// a row: done for each word, addresses and checks would take twice the instructions of the sum itself. Then every
+// thread sums one word of the output at a time, of 16, 8, 4 or 2 bytes, with as many table rows in flight as 16
+// registers hold. Small tables are read from the L1, whose rate bounds this kernel: n rows are read for each that is
+// written.
 #include <algorithm>
 
 #include "forward.cuh"
@@ -13,7 +14,7 @@ namespace fast_embedding {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMaxTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
+constexpr int kMaxTables = 64;    // in one launch: the parameters of a kernel end at 4 KB
 constexpr int kMaxStarts = 2048;  // of a block's table rows, 16 KB
 constexpr int kIndexUnroll = 4;   // index loads in flight in a thread
 constexpr int kMaxWordsOfThread = 4;
@@ -233,8 +234,8 @@ FeStatus add_tables(const FeForwardArgs& args, int64_t first, int64_t last, void
   params.tables_divisor = Divisor(params.num_tables);
   params.tables_of_row = static_cast<int32_t>(round_up(params.num_tables, 2));
   params.index_type = args.index_type;
-  params.indices = static_cast<Start>(args.indices) +
-                   first * args.index_table_stride * (args.index_type == FE_INT64 ? 8 : 4);
+  params.indices =
+      static_cast<Start>(args.indices) + first * args.index_table_stride * (args.index_type == FE_INT64 ? 8 : 4);
   params.index_row_stride = args.index_row_stride;
   params.index_table_stride = args.index_table_stride;
   params.num_rows = args.num_rows;

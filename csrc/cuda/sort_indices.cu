@@ -396,7 +396,8 @@ FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64
   params_.flags = flags;
   params_.flags_bytes = flags_bytes;
   // A few zeros hide behind the barriers; more would delay them, and leave too little for a launch of their own.
-  const int64_t blocks = std::max(blocks_, std::min<int64_t>(device_.properties.num_sms, ceil_div(zeros_bytes, kZerosOfBlock)));
+  const int64_t blocks =
+      std::max(blocks_, std::min<int64_t>(device_.properties.num_sms, ceil_div(zeros_bytes, kZerosOfBlock)));
   const int64_t barriers = 2 * params_.passes - 1;
   const int64_t hidden = barriers * blocks * kZerosOfBlock;
   const int64_t inside = zeros_bytes <= hidden + hidden / 2 ? zeros_bytes : hidden;
