@@ -9,6 +9,7 @@ FeStatus check_arguments(const FeBackwardArgs* args) {
     return FE_INVALID_ARGUMENT;
   }
   if (args->num_tables > 0 && args->tables == nullptr) return FE_INVALID_ARGUMENT;
+  if (args->combination != FE_CONCAT && args->combination != FE_SUM) return FE_INVALID_ARGUMENT;
   for (int64_t t = 0; t < args->num_tables; ++t) {
     const FeTable& table = args->tables[t];
     if (table.num_embeddings < 0 || table.embedding_dim < 0 || table.weight_offset < 0 ||

@@ -263,7 +263,7 @@ extern "C" FeStatus fe_cuda_embedding_forward(const FeForwardArgs* args, void* w
                                               void* stream) {
   using namespace fast_embedding;
   if (args == nullptr || workspace_bytes == nullptr || (args->num_tables > 0 && args->tables == nullptr) ||
-      args->num_rows < 0) {
+      args->num_rows < 0 || (args->combination != FE_CONCAT && args->combination != FE_SUM)) {
     return FE_INVALID_ARGUMENT;
   }
   if (args->combination == FE_SUM && args->num_tables > 1) {
