@@ -30,32 +30,35 @@ using StartPair = Pack<Start, 2>;  // read by one access
 
 struct SumTable {
   Start weight;
-  int64_t row_bytes;  // from a row to the next
-  int64_t num_embeddings;
+  uint32_t num_embeddings;
+  uint32_t row_bytes;  // from a row to the next
 };
 
+// A kernel that starts finds its parameters in no cache: few bytes of them, and those used together side by side.
 struct SumParams {
-  SumTable table[kMaxTables];
+  Divisor chunks_divisor;
+  int32_t chunks;  // of a row, each with a block of its own
+  int32_t rows_of_block;
   int32_t num_tables;
   Divisor tables_divisor;
-  int32_t tables_of_row;  // num_tables, rounded up to pairs
   FeIndexType index_type;
+  int64_t num_rows;
   const void* indices;
   int64_t index_row_stride;
   int64_t index_table_stride;
-  int64_t num_rows;
+  int32_t words_of_row;
+  int32_t words_of_chunk;  // of the last one: up to this many
+  Divisor words_divisor;   // by words_of_chunk
+  int16_t is_first;
+  int16_t is_last;
   void* output;
   int64_t output_stride;
   void* carried;  // accumulators: the sums of the tables of earlier launches
   int64_t carried_stride;
-  int32_t is_first;
-  int32_t is_last;
-  int32_t rows_of_block;
-  int32_t words_of_row;
-  int32_t chunks;          // of a row, each with a block of its own
-  int32_t words_of_chunk;  // of the last one: up to this many
-  Divisor chunks_divisor;
-  Divisor words_divisor;  // by words_of_chunk
+  SumTable table[kMaxTables];
+
+  // How many starts a row takes: pairs of them are read by one access.
+  __host__ __device__ int starts_of_row() const { return (num_tables + 1) / 2 * 2; }
 };
 
 // An index, but for the sign of an int32: taking that at once would make the next load wait for this one.
@@ -64,12 +67,12 @@ __device__ inline int64_t load_unsigned(const SumParams& params, int64_t positio
                                        : __ldg(static_cast<const unsigned int*>(params.indices) + position);
 }
 
-// Fills starts[row * tables_of_row + t]: where the row of table t begins that is read for output row first_row + row.
+// Fills starts[row * starts_of_row() + t]: where the row of table t begins that is read for output row first_row + row.
 __device__ inline void find_rows(const SumParams& params, int64_t first_row, int num_rows, Start* starts) {
   // A thread keeps to one table, whose parameters it then reads once: different ones cost a warp an access each.
   const int first = static_cast<int>(params.tables_divisor.quotient(threadIdx.x));
   const int t = threadIdx.x - first * params.num_tables;
-  const int step = kThreads / params.num_tables;
+  const int step = static_cast<int>(params.tables_divisor.quotient(kThreads));
   if (first >= step) return;
   const SumTable table = params.table[t];
   const int64_t position = first_row * params.index_row_stride + t * params.index_table_stride;
@@ -87,7 +90,7 @@ __device__ inline void find_rows(const SumParams& params, int64_t first_row, int
       if (row < num_rows) {
         if (params.index_type == FE_INT32) index[k] = static_cast<int32_t>(index[k]);
         check_index(index[k], table.num_embeddings);
-        starts[row * params.tables_of_row + t] = table.weight + index[k] * table.row_bytes;
+        starts[row * params.starts_of_row() + t] = table.weight + index[k] * table.row_bytes;
       }
     }
   }
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) sum_tables(const __grid_constant__ S
 #pragma unroll
       for (int j = 0; j < kSize; ++j) sum[j] = carried[j];
     }
-    const StartPair* pairs = reinterpret_cast<const StartPair*>(starts + row * params.tables_of_row);
+    const StartPair* pairs = reinterpret_cast<const StartPair*>(starts + row * params.starts_of_row());
     const int64_t byte = column * sizeof(scalar_t);
     int t = 0;
 #pragma unroll 1
@@ -188,7 +191,7 @@ FeStatus lay_out_blocks(const FeForwardArgs& args, int64_t words, int num_sms, S
   if (words > INT32_MAX / 2) return FE_UNSUPPORTED;
   const int64_t share = words * args.num_rows / (num_sms * kThreadsOfSm);
   const int64_t wanted = kThreads * std::clamp<int64_t>(share, 1, kMaxWordsOfThread);
-  const int64_t rows = std::min<int64_t>(ceil_div(wanted, words), kMaxStarts / params->tables_of_row);
+  const int64_t rows = std::min<int64_t>(ceil_div(wanted, words), kMaxStarts / params->starts_of_row());
   const int64_t chunks = ceil_div(words, wanted);
   params->rows_of_block = static_cast<int32_t>(rows);
   params->words_of_row = static_cast<int32_t>(words);
@@ -204,7 +207,7 @@ FeStatus lay_out_blocks(const FeForwardArgs& args, int64_t words, int num_sms, S
 
 template <typename scalar_t>
 FeStatus launch(const SumParams& params, int word, unsigned blocks, cudaStream_t stream) {
-  const size_t shared_bytes = sizeof(Start) * params.rows_of_block * params.tables_of_row;
+  const size_t shared_bytes = sizeof(Start) * params.rows_of_block * params.starts_of_row();
   const auto run = [&](auto bytes) {
     sum_tables<scalar_t, decltype(bytes)::value / static_cast<int>(sizeof(scalar_t))>
         <<<blocks, kThreads, shared_bytes, stream>>>(params);
@@ -227,12 +230,13 @@ FeStatus add_tables(const FeForwardArgs& args, int64_t first, int64_t last, void
   SumParams params;
   for (int64_t t = first; t < last; ++t) {
     const FeTable& table = args.tables[t];
+    const int64_t row_bytes = table.weight_stride * scalar;
+    if (table.num_embeddings > UINT32_MAX || row_bytes > UINT32_MAX) return FE_UNSUPPORTED;
     params.table[t - first] = {static_cast<Start>(args.weight) + table.weight_offset * scalar,
-                               table.weight_stride * scalar, table.num_embeddings};
+                               static_cast<uint32_t>(table.num_embeddings), static_cast<uint32_t>(row_bytes)};
   }
   params.num_tables = static_cast<int32_t>(last - first);
   params.tables_divisor = Divisor(params.num_tables);
-  params.tables_of_row = static_cast<int32_t>(round_up(params.num_tables, 2));
   params.index_type = args.index_type;
   params.indices =
       static_cast<Start>(args.indices) + first * args.index_table_stride * (args.index_type == FE_INT64 ? 8 : 4);
