@@ -32,7 +32,6 @@ enum Flag : uint32_t {
 struct SumTable {
   const Lookup* lookups;
   int64_t weight_offset;
-  int64_t first_work;
   uint32_t num_embeddings;
   int32_t embedding_dim;
   int32_t first_column;
@@ -41,6 +40,7 @@ struct SumTable {
 };
 
 struct SumParams {
+  int32_t first_work[kMaxSortTables];
   SumTable table[kMaxSortTables];
   int32_t num_tables;
   uint32_t num_rows;
@@ -82,10 +82,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) sum_sorted(const __gri
   using sum_t = acc_t<scalar_t>;
   __shared__ SumShared<scalar_t, kSize> shared;
 
-  const int64_t work = blockIdx.x;
-  const SumTable& table = table_of_work(params, work);
-  const uint32_t part = static_cast<uint32_t>(work - table.first_work) / table.chunks;
-  const int chunk = static_cast<int>(work - table.first_work - static_cast<int64_t>(part) * table.chunks);
+  const int work = blockIdx.x;
+  const int t = find_last(params.first_work, params.num_tables, work);
+  const SumTable& table = params.table[t];
+  const uint32_t part = static_cast<uint32_t>(work - params.first_work[t]) / table.chunks;
+  const int chunk = work - params.first_work[t] - static_cast<int>(part) * table.chunks;
   const int groups = kThreads / table.lanes;
   const int group = threadIdx.x / table.lanes;
   const int lane = threadIdx.x - group * table.lanes;
@@ -114,7 +115,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) sum_sorted(const __gri
   const uint32_t last_row = shared.lookup[length - 1].row;
   const bool incoming = first_row == before;
   const bool outgoing = last_row == after;
-  sum_t* partial = static_cast<sum_t*>(params.partials) + work * params.partial_stride + lane * kSize;
+  sum_t* partial =
+      static_cast<sum_t*>(params.partials) + static_cast<int64_t>(work) * params.partial_stride + lane * kSize;
   scalar_t* grad_weight = static_cast<scalar_t*>(params.grad_weight) + table.weight_offset + column;
   const auto address_of = [&](uint32_t row) { return grad_weight + static_cast<int64_t>(row) * table.embedding_dim; };
 
@@ -183,12 +185,12 @@ struct SumLaunch {
 };
 
 void add_table(const FeBackwardArgs& args, const TableSlice& source, const Lookup* lookups, SumLaunch* launch) {
+  launch->params.first_work[launch->params.num_tables] = static_cast<int32_t>(launch->work);
   SumTable& table = launch->params.table[launch->params.num_tables++];
   table.lookups = lookups;
   const int64_t columns = launch->pack / scalar_bytes(args.scalar_type);
   const int64_t packs = std::max<int64_t>(ceil_div(source.embedding_dim, columns), 1);
   table.weight_offset = source.weight_offset;
-  table.first_work = launch->work;
   table.num_embeddings = static_cast<uint32_t>(source.num_embeddings);
   table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
   table.first_column = static_cast<int32_t>(source.first_column);
