@@ -31,13 +31,17 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 _direct: dict[str, Callable[..., Tensor]] = {}
 
 
-def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1) -> Tensor:
+def embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Tensor:
     """Rows of one table.
 
     Args:
         weight: (V, D), any floating type; kernels exist for float32, float64, float16 and bfloat16.
         indices: int32 or int64, any shape and strides, on the weight's device.
         padding_idx: a row that gets no gradient, in [0, V), or -1 for none.
+        scale_grad_by_freq: divide the gradient of a row by the number of indices that name it.
+        sparse: make the weight's gradient a sparse tensor, coalesced.
 
     Returns:
         (\\*indices.shape, D) in the weight's dtype, contiguous.
@@ -48,8 +52,9 @@ def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1) -> Tensor:
     """
     if _is_compiling():
         load_while_tracing()
-        return torch.ops.fast_embedding.embedding.default(weight, indices, padding_idx)
-    return (_direct.get("embedding") or _load_direct("embedding"))(weight, indices, padding_idx)
+        return torch.ops.fast_embedding.embedding.default(weight, indices, padding_idx, scale_grad_by_freq, sparse)
+    call = _direct.get("embedding") or _load_direct("embedding")
+    return call(weight, indices, padding_idx, scale_grad_by_freq, sparse)
 
 
 def multi_embedding(weight: Tensor, indices: Tensor, tables: Tensor, sum: bool = False) -> Tensor:

@@ -57,13 +57,18 @@ void load(const std::string& device_type, const char* path) {
     cpu_slot.kernels =
         new CpuKernels{symbol<decltype(CpuKernels::forward)>(library, "fe_cpu_embedding_forward"),
                        symbol<decltype(CpuKernels::backward)>(library, "fe_cpu_embedding_backward"),
+                       symbol<decltype(CpuKernels::sparse_count)>(library, "fe_cpu_embedding_sparse_count"),
+                       symbol<decltype(CpuKernels::sparse_backward)>(library, "fe_cpu_embedding_sparse_backward"),
                        symbol<decltype(CpuKernels::sum_forward)>(library, "fe_cpu_embedding_sum_forward"),
                        symbol<decltype(CpuKernels::sum_backward)>(library, "fe_cpu_embedding_sum_backward")};
   } else if (device_type == "cuda" && cuda_slot.kernels == nullptr) {
     void* library = open(path, "fe_cuda_abi_version");
-    cuda_slot.kernels = new CudaKernels{symbol<decltype(CudaKernels::forward)>(library, "fe_cuda_embedding_forward"),
-                                        symbol<decltype(CudaKernels::backward)>(library, "fe_cuda_embedding_backward"),
-                                        symbol<decltype(CudaKernels::last_error)>(library, "fe_cuda_last_error")};
+    cuda_slot.kernels =
+        new CudaKernels{symbol<decltype(CudaKernels::forward)>(library, "fe_cuda_embedding_forward"),
+                        symbol<decltype(CudaKernels::backward)>(library, "fe_cuda_embedding_backward"),
+                        symbol<decltype(CudaKernels::sparse_count)>(library, "fe_cuda_embedding_sparse_count"),
+                        symbol<decltype(CudaKernels::sparse_backward)>(library, "fe_cuda_embedding_sparse_backward"),
+                        symbol<decltype(CudaKernels::last_error)>(library, "fe_cuda_last_error")};
   }
 }
 

@@ -9,7 +9,9 @@ namespace fast_embedding {
 struct CpuKernels {
   decltype(&fe_cpu_embedding_forward) forward;
   decltype(&fe_cpu_embedding_backward) backward;
-  // The same with the tables' rows added instead of side by side (csrc/cpu/embedding_sum.h).
+  decltype(&fe_cpu_embedding_sparse_count) sparse_count;
+  decltype(&fe_cpu_embedding_sparse_backward) sparse_backward;
+  // Forward and backward with the tables' rows added instead of side by side (csrc/cpu/embedding_sum.h).
   decltype(&fe_cpu_embedding_forward) sum_forward;
   decltype(&fe_cpu_embedding_backward) sum_backward;
 };
@@ -18,6 +20,8 @@ struct CpuKernels {
 struct CudaKernels {
   decltype(&fe_cuda_embedding_forward) forward;
   decltype(&fe_cuda_embedding_backward) backward;
+  decltype(&fe_cuda_embedding_sparse_count) sparse_count;
+  decltype(&fe_cuda_embedding_sparse_backward) sparse_backward;
   decltype(&fe_cuda_last_error) last_error;
 };
 
