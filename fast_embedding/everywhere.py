@@ -34,7 +34,7 @@ class enable:  # noqa: N801 (it is called like a function)
     For ``torch.compile``, whose compiler has a backward of its own, and for ``sparse=True``, whose backward is not an
     operator, ``torch.nn.functional.embedding`` is replaced as well: what was compiled before recompiles at its next
     call. Code that does not look the function up in its module (``torch.embedding``,
-    ``from torch.nn.functional import embedding``) keeps Inductor's backward where it is compiled, and torch's sparse one.
+    ``from torch.nn.functional import embedding``) keeps torch's sparse backward, and Inductor's where it is compiled.
 
     On macOS and Windows, where there are no kernels, it does nothing.
 

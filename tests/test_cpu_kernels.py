@@ -318,9 +318,7 @@ def test_sparse_backward(library, shape: str, distribution: str, dtype: str) -> 
     for padding_idx in (-1, int(indices[0, 0])):
         lookup = Lookup([num_embeddings], [dim], indices, dtype, [padding_idx])
         grad = make_grad(rng, rows, dim, dtype)
-        expected, bound = (
-            x[Lookup.HOLE : -Lookup.HOLE].reshape(num_embeddings, dim) for x in reference(lookup, grad)
-        )
+        expected, bound = (x[Lookup.HOLE : -Lookup.HOLE].reshape(num_embeddings, dim) for x in reference(lookup, grad))
         first = None
         for num_threads in (1, 3):
             status, _, found, values = sparse_backward(library, lookup, grad, num_threads)

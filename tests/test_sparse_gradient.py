@@ -256,7 +256,9 @@ def test_second_derivative_is_torchs(device):
 def test_with_frequencies_it_is_torchs_error(device):
     weight = torch.randn(5, 3, device=device, requires_grad=True)
     for embedding in (functional.embedding, F.embedding):
-        output = embedding(torch.zeros(300, dtype=torch.long, device=device), weight, sparse=True, scale_grad_by_freq=True)
+        output = embedding(
+            torch.zeros(300, dtype=torch.long, device=device), weight, sparse=True, scale_grad_by_freq=True
+        )
         with pytest.raises(RuntimeError, match="scale_grad_by_freq not supported with sparse"):
             output.sum().backward()
 

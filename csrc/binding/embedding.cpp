@@ -4,8 +4,9 @@
 //   embedding_backward  grad_output [..., D], indices [...] -> the dense gradient [V, D], rows at padding_idx zero
 //
 // padding_idx is -1 (none) or in [0, V). scale_grad_by_freq divides a row of the gradient by the number of its indices;
-// sparse makes the gradient a sparse tensor, coalesced (sparse.cpp). Both together are ATen's error. Under torch.compile the forward becomes aten.embedding, which Inductor fuses
-// into what follows, and the backward stays our op, which Inductor could not improve on.
+// sparse makes the gradient a sparse tensor, coalesced (sparse.cpp). Both together are ATen's error. Under
+// torch.compile the forward becomes aten.embedding, which Inductor fuses into what follows, and the backward stays our
+// op, which Inductor could not improve on.
 #include "embedding.h"
 
 #include <ATen/ops/embedding.h>
@@ -191,7 +192,8 @@ Tensor embedding_sparse_backward(const Tensor& grad_output, const Tensor& indice
   return at::embedding_sparse_backward(grad_output, indices, num_embeddings, padding_idx, /*scale_grad_by_freq=*/false);
 }
 
-/// What a lookup keeps for its backward. An entry costs 0.1 us of the 2 to 3 us of a small lookup, so defaults have none.
+/// What a lookup keeps for its backward. An entry costs 0.1 us of the 2 to 3 us of a small lookup, so defaults have
+/// none.
 struct Options {
   int64_t padding_idx = -1;
   bool scale_grad_by_freq = false;
@@ -243,8 +245,8 @@ struct EmbeddingFunction : torch::autograd::Function<EmbeddingFunction> {
       c10::SymInt num_embeddings = ctx->saved_data["num_embeddings"].toSymInt();
       const Options options = Options::saved(ctx);
       if (options.sparse) {
-        grad_weight = embedding_sparse_backward(
-            grad_output, indices, num_embeddings.guard_int(__FILE__, __LINE__), options.padding_idx);
+        grad_weight = embedding_sparse_backward(grad_output, indices, num_embeddings.guard_int(__FILE__, __LINE__),
+                                                options.padding_idx);
       } else if (needs_graph(grad_output) || is_traced(grad_output, indices)) {
         grad_weight = call_embedding_backward(grad_output, indices, std::move(num_embeddings), options.padding_idx,
                                               options.scale_grad_by_freq);
@@ -323,9 +325,8 @@ Tensor embedding_autograd(const Tensor& weight, const Tensor& indices, int64_t p
   if (!needs_graph(weight)) {
     return embedding_below_autograd(weight, indices, padding_idx, scale_grad_by_freq, sparse);
   }
-  return is_traced(weight, indices)
-             ? EmbeddingFunction::apply(weight, indices, padding_idx, scale_grad_by_freq, sparse)
-             : apply_untraced(weight, indices, padding_idx, scale_grad_by_freq, sparse);
+  return is_traced(weight, indices) ? EmbeddingFunction::apply(weight, indices, padding_idx, scale_grad_by_freq, sparse)
+                                    : apply_untraced(weight, indices, padding_idx, scale_grad_by_freq, sparse);
 }
 
 Tensor embedding_backward_autograd(const Tensor& grad_output, const Tensor& indices, c10::SymInt num_embeddings,
@@ -333,11 +334,10 @@ Tensor embedding_backward_autograd(const Tensor& grad_output, const Tensor& indi
   if (is_left_to_aten(grad_output)) {
     return aten_embedding_backward(grad_output, indices, std::move(num_embeddings), padding_idx, scale_grad_by_freq);
   }
-  return needs_graph(grad_output)
-             ? EmbeddingBackwardFunction::apply(grad_output, indices, std::move(num_embeddings), padding_idx,
-                                                scale_grad_by_freq)
-             : embedding_backward_below_autograd(grad_output, indices, std::move(num_embeddings), padding_idx,
-                                                 scale_grad_by_freq);
+  return needs_graph(grad_output) ? EmbeddingBackwardFunction::apply(grad_output, indices, std::move(num_embeddings),
+                                                                     padding_idx, scale_grad_by_freq)
+                                  : embedding_backward_below_autograd(grad_output, indices, std::move(num_embeddings),
+                                                                      padding_idx, scale_grad_by_freq);
 }
 
 }  // namespace

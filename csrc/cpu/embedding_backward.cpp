@@ -252,7 +252,7 @@ class Backward {
     size_t bytes = 0;
     void* partition;
     KeyBlock* blocks;  // of the sparse gradient
-    int64_t* starts;  // first key of each segment, and the number of keys
+    int64_t* starts;   // first key of each segment, and the number of keys
     acc_t* heads;
     acc_t* tails;
   };
@@ -660,9 +660,8 @@ FeStatus run_sparse_count(const FeBackwardArgs& args, int64_t* count, void* work
   }
   if (*workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;
   std::atomic<bool> bad_index{false};
-  Team::run(*context, threads_for(args.num_rows * static_cast<int64_t>(sizeof(int64_t))), [&](Team::Member& member) {
-    backward.run_sparse_count(count, workspace, member, &bad_index);
-  });
+  Team::run(*context, threads_for(args.num_rows * static_cast<int64_t>(sizeof(int64_t))),
+            [&](Team::Member& member) { backward.run_sparse_count(count, workspace, member, &bad_index); });
   if (bad_index.load()) return report_index(Indices(args), args.num_rows, args.tables, 1, context->index_error);
   return FE_OK;
 }

@@ -182,10 +182,9 @@ FeStatus backward_own(const FePlan& /*plan*/, const BackwardCall& call, const De
   const int64_t bytes = pack_bytes(args, table);
   return dispatch_scalar(args.scalar_type, [&](auto value) {
     using scalar_t = decltype(value);
-    return dispatch_pack<scalar_t>(
-        bytes, [&](auto size) {
-          return launch<scalar_t, decltype(size)::value>(params, args.scale_grad_by_freq != 0, device, stream);
-        });
+    return dispatch_pack<scalar_t>(bytes, [&](auto size) {
+      return launch<scalar_t, decltype(size)::value>(params, args.scale_grad_by_freq != 0, device, stream);
+    });
   });
 }
 

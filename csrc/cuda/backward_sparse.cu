@@ -11,9 +11,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kItems = 8;                   // lookups of a thread in a tile
-constexpr int kTile = kThreads * kItems;    // lookups that a block numbers at a time
-constexpr int kBlocksPerSm = 4;             // every block adds up the counts of all before it
+constexpr int kItems = 8;                 // lookups of a thread in a tile
+constexpr int kTile = kThreads * kItems;  // lookups that a block numbers at a time
+constexpr int kBlocksPerSm = 4;           // every block adds up the counts of all before it
 constexpr int64_t kAlignment = 256;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
@@ -108,8 +108,7 @@ __global__ void __launch_bounds__(kThreads) number_runs(const __grid_constant__ 
       const uint32_t i = first + 32 * k;
       if (i < end) {
         // Padding is behind all rows, here as there.
-        const uint32_t number =
-            lookup[k].row < params.num_embeddings ? before + ordinal[k] - 1 : params.num_runs;
+        const uint32_t number = lookup[k].row < params.num_embeddings ? before + ordinal[k] - 1 : params.num_runs;
         params.numbered[i] = {number, lookup[k].position};
         if (heads >> k & 1) params.rows[number] = lookup[k].row;
       }

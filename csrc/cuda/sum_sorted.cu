@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 3;
 constexpr int kBlocksPerSmScaled = 2;  // with three, the division spills
-constexpr int kUnroll = 4;  // gradient loads in flight in a thread
+constexpr int kUnroll = 4;             // gradient loads in flight in a thread
 constexpr int kMaxLanes = 64;
 constexpr int kMaxPart = 1024;
 constexpr int64_t kAlignment = 256;
@@ -162,7 +162,9 @@ __global__ void __launch_bounds__(kThreads, kScaled ? kBlocksPerSmScaled : kBloc
 }  // namespace
 
 SortedSums::SortedSums(const FePlan& plan, const FeBackwardArgs& args)
-    : args_(args), fits_(plan.tile >= 32 && plan.tile <= kMaxPart), launches_{{16}, {8}, {scalar_bytes(args.scalar_type)}} {
+    : args_(args),
+      fits_(plan.tile >= 32 && plan.tile <= kMaxPart),
+      launches_{{16}, {8}, {scalar_bytes(args.scalar_type)}} {
   for (Launch& launch : launches_) launch.params.part = fits_ ? plan.tile : kMaxPart;
 }
 
@@ -223,8 +225,8 @@ FeStatus SortedSums::enqueue(void* flags, void* partials, cudaStream_t stream) {
     params.partial_stride = static_cast<int32_t>(launch.partial_stride);
     const FeStatus status = dispatch_scalar(args_.scalar_type, [&](auto scalar) {
       using scalar_t = decltype(scalar);
-      return dispatch_pack<scalar_t>(
-          launch.pack, [&](auto size) { return start<scalar_t, decltype(size)::value>(launch, stream); });
+      return dispatch_pack<scalar_t>(launch.pack,
+                                     [&](auto size) { return start<scalar_t, decltype(size)::value>(launch, stream); });
     });
     if (status != FE_OK) return status;
     next_flag += launch.work;

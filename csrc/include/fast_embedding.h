@@ -84,7 +84,7 @@ typedef struct FeBackwardArgs {
   void*
       grad_weight; /* [grad_weight_numel], every element written, holes between tables with zero: need not be zeroed */
   int64_t grad_weight_numel;
-  int32_t deterministic; /* nonzero: the same bits in every run on one kind of device, at every thread count */
+  int32_t deterministic;      /* nonzero: the same bits in every run on one kind of device, at every thread count */
   int32_t scale_grad_by_freq; /* nonzero: a row's sum is divided by how many indices of its table name the row */
 } FeBackwardArgs;
 

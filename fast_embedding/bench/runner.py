@@ -202,7 +202,11 @@ def measure(options: Options) -> dict[str, Any]:
         "skipped": left_out,
         "failures": [],
     }
-    steps = (len(lookup_cases) + len(multi_cases)) * len(dtypes) + len(sparse_cases) + (2 * _TRAINING_WEIGHT if trains else 0)
+    steps = (
+        (len(lookup_cases) + len(multi_cases)) * len(dtypes)
+        + len(sparse_cases)
+        + (2 * _TRAINING_WEIGHT if trains else 0)
+    )
     with console.progress(steps) as progress:
         run_case = _CaseRunner(result, device, progress)
         for case in lookup_cases:
@@ -249,7 +253,12 @@ def _cases(
     left_out = [shape.label for shape in all_lookups if shape not in lookups]
     left_out += [shape.label for shape in all_multi if shape not in multis]
     left_out += [f"sparse, {shape.label}" for shape in all_sparse if shape not in sparses]
-    return lookups, multis, sparses, [{"case": label, "reason": "larger than this preset measures"} for label in left_out]
+    return (
+        lookups,
+        multis,
+        sparses,
+        [{"case": label, "reason": "larger than this preset measures"} for label in left_out],
+    )
 
 
 class _CaseRunner:
