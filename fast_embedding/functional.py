@@ -119,7 +119,9 @@ def embedding(
         except IndexError:
             _check_indices(input, weight.size(0))  # torch's own error names neither index nor table
             raise
-    return ops.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
+    if scale_grad_by_freq or sparse:
+        return ops.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
+    return ops.embedding(weight, input, padding_idx)
 
 
 def multi_embedding(

@@ -52,9 +52,13 @@ def embedding(
     """
     if _is_compiling():
         load_while_tracing()
-        return torch.ops.fast_embedding.embedding.default(weight, indices, padding_idx, scale_grad_by_freq, sparse)
-    call = _direct.get("embedding") or _load_direct("embedding")
-    return call(weight, indices, padding_idx, scale_grad_by_freq, sparse)
+        if scale_grad_by_freq or sparse:
+            return torch.ops.fast_embedding.embedding.options(weight, indices, padding_idx, scale_grad_by_freq, sparse)
+        return torch.ops.fast_embedding.embedding.default(weight, indices, padding_idx)
+    if scale_grad_by_freq or sparse:
+        call = _direct.get("embedding.options") or _load_direct("embedding.options")
+        return call(weight, indices, padding_idx, scale_grad_by_freq, sparse)
+    return (_direct.get("embedding") or _load_direct("embedding"))(weight, indices, padding_idx)
 
 
 def multi_embedding(weight: Tensor, indices: Tensor, tables: Tensor, sum: bool = False) -> Tensor:
@@ -74,9 +78,8 @@ def multi_embedding(weight: Tensor, indices: Tensor, tables: Tensor, sum: bool =
     Raises:
         RuntimeError, IndexError: as :func:`embedding`, or tables that do not fit the weight.
     """
-    return (_direct.get("multi_embedding") or _load_direct("multi_embedding", "described"))(
-        weight, indices, tables, sum
-    )
+    call = _direct.get("multi_embedding.described") or _load_direct("multi_embedding.described")
+    return call(weight, indices, tables, sum)
 
 
 def traced_multi_embedding(
@@ -103,7 +106,8 @@ def traced_multi_embedding(
     )
 
 
-def _load_direct(name: str, overload_name: str = "default") -> Callable[..., Tensor]:
+def _load_direct(name: str) -> Callable[..., Tensor]:
     load()
-    overload = getattr(getattr(torch.ops.fast_embedding, name), overload_name)
+    operator, _, overload_name = name.partition(".")
+    overload = getattr(getattr(torch.ops.fast_embedding, operator), overload_name or "default")
     return _direct.setdefault(name, getattr(overload, "_op", overload))

@@ -1,6 +1,7 @@
 // fast_embedding::embedding and fast_embedding::embedding_backward: one table.
 //
 //   embedding           weight [V, D], indices [...] -> [..., D]
+//   embedding.options   the same with scale_grad_by_freq and sparse, which are the gradient's alone
 //   embedding_backward  grad_output [..., D], indices [...] -> the dense gradient [V, D], rows at padding_idx zero
 //
 // padding_idx is -1 (none) or in [0, V). scale_grad_by_freq divides a row of the gradient by the number of its indices;
@@ -97,8 +98,8 @@ using torch::autograd::variable_list;
 Tensor call_embedding(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fast_embedding::embedding", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, int64_t, bool, bool)>();
-  return op.call(weight, indices, padding_idx, /*scale_grad_by_freq=*/false, /*sparse=*/false);
+                             .typed<Tensor(const Tensor&, const Tensor&, int64_t)>();
+  return op.call(weight, indices, padding_idx);
 }
 
 Tensor call_embedding_backward(const Tensor& grad_output, const Tensor& indices, c10::SymInt num_embeddings,
@@ -340,12 +341,19 @@ Tensor embedding_backward_autograd(const Tensor& grad_output, const Tensor& indi
                                                                       padding_idx, scale_grad_by_freq);
 }
 
+/// embedding by what does embedding.options. Two operators, because two arguments more cost a small lookup 0.25 us of 3.
+template <Tensor (*implementation)(const Tensor&, const Tensor&, int64_t, bool, bool)>
+Tensor without_options(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
+  return implementation(weight, indices, padding_idx, /*scale_grad_by_freq=*/false, /*sparse=*/false);
+}
+
 }  // namespace
 }  // namespace fast_embedding
 
 TORCH_LIBRARY_FRAGMENT(fast_embedding, m) {
+  m.def("embedding(Tensor weight, Tensor indices, int padding_idx=-1) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def(
-      "embedding(Tensor weight, Tensor indices, int padding_idx=-1, bool scale_grad_by_freq=False, bool sparse=False) "
+      "embedding.options(Tensor weight, Tensor indices, int padding_idx, bool scale_grad_by_freq, bool sparse=False) "
       "-> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
@@ -355,18 +363,21 @@ TORCH_LIBRARY_FRAGMENT(fast_embedding, m) {
 }
 
 TORCH_LIBRARY_IMPL(fast_embedding, Autograd, m) {
-  m.impl("embedding", fast_embedding::embedding_autograd);
+  m.impl("embedding", fast_embedding::without_options<fast_embedding::embedding_autograd>);
+  m.impl("embedding.options", fast_embedding::embedding_autograd);
   m.impl("embedding_backward", fast_embedding::embedding_backward_autograd);
 }
 
 // Inference tensors arrive here without passing Autograd.
 TORCH_LIBRARY_IMPL(fast_embedding, CPU, m) {
-  m.impl("embedding", fast_embedding::embedding_dense);
+  m.impl("embedding", fast_embedding::without_options<fast_embedding::embedding_dense>);
+  m.impl("embedding.options", fast_embedding::embedding_dense);
   m.impl("embedding_backward", fast_embedding::embedding_backward_dense);
 }
 
 TORCH_LIBRARY_IMPL(fast_embedding, CUDA, m) {
-  m.impl("embedding", fast_embedding::embedding_dense);
+  m.impl("embedding", fast_embedding::without_options<fast_embedding::embedding_dense>);
+  m.impl("embedding.options", fast_embedding::embedding_dense);
   m.impl("embedding_backward", fast_embedding::embedding_backward_dense);
 }
 
@@ -374,11 +385,13 @@ TORCH_LIBRARY_IMPL(fast_embedding, Meta, m) { m.impl("embedding_backward", fast_
 
 // Other devices, and batched tensors (torch.func.vmap): ATen has rules for them.
 TORCH_LIBRARY_IMPL(fast_embedding, CompositeExplicitAutograd, m) {
-  m.impl("embedding", fast_embedding::aten_embedding);
+  m.impl("embedding", fast_embedding::without_options<fast_embedding::aten_embedding>);
+  m.impl("embedding.options", fast_embedding::aten_embedding);
   m.impl("embedding_backward", fast_embedding::aten_embedding_backward);
 }
 
 TORCH_LIBRARY_IMPL(fast_embedding, FuncTorchBatched, m) {
-  m.impl("embedding", fast_embedding::aten_embedding);
+  m.impl("embedding", fast_embedding::without_options<fast_embedding::aten_embedding>);
+  m.impl("embedding.options", fast_embedding::aten_embedding);
   m.impl("embedding_backward", fast_embedding::aten_embedding_backward);
 }
