@@ -140,7 +140,7 @@ def test_the_weights_gradient_is_coalesced(device, layers, n):
 
 def test_gradients_that_are_not_coalesced_are_not_marked(device, layers):
     """What accumulates, what a hook or another lookup adds to: a row may be there twice."""
-    layer, reference = layers
+    layer, reference = (layer.double() for layer in layers)
     indices = torch.randint(500, (3000,), device=device)
 
     def train(layer, twice):
