@@ -373,6 +373,26 @@ def test_strided_arguments(library, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padding", [False, True])
+def test_inf_and_nan_stay_in_their_rows(library, dtype, padding):
+    problem = Problem([(20, 12)], 9001, dtype, padding=padding)
+    first, second, padded = ((problem.indices[:, 0] == row).nonzero()[0] for row in (3, 17, problem.padding[0] % 20))
+    problem.grad_output[first, 5] = torch.inf
+    problem.grad_output[second, 6] = torch.nan
+    if padding:
+        problem.grad_output[padded] = torch.nan
+    expected, _ = problem.reference_gradient()
+    for plan in [*plans_for(problem, library), None]:
+        actual = problem.backward(library, plan).view(20, 12).clone()
+        assert actual[3, 5] == torch.inf
+        assert actual[17, 6].isnan()
+        actual[3, 5] = actual[17, 6] = 0
+        finite = expected.view(20, 12).clone()
+        finite[3, 5] = finite[17, 6] = 0
+        torch.testing.assert_close(actual, finite.to(dtype), rtol=1e-2, atol=1e-2 * finite.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_plans_give_the_same_bits(library, dtype):
     for size, distribution in (((20, 16), "uniform"), ((50000, 32), "zipf"), ((3000, 5), "one row")):
         problem = Problem([size], 100000, dtype, distribution=distribution)

@@ -31,7 +31,6 @@ struct TileTable {
   int64_t num_embeddings;
   int64_t weight_offset;
   int64_t padding_idx;
-  int64_t first_work;  // (tile, column chunk) pairs of all tables, in one list
   int32_t embedding_dim;
   int32_t first_column;  // of the table's slice of grad_output
   int32_t lanes;         // threads that share a row: a column chunk
@@ -40,6 +39,7 @@ struct TileTable {
 };
 
 struct TileParams {
+  int32_t first_work[kMaxTables];  // (tile, column chunk) pairs of all tables, in one list
   TileTable table[kMaxTables];
   int32_t num_tables;
   FeIndexType index_type;
@@ -52,7 +52,7 @@ struct TileParams {
   void* sums;  // accumulators of grad_weight's layout: grad_weight itself, or the float32 copy
   void* grad_weight;
   int64_t grad_weight_numel;
-  int64_t num_work;
+  int32_t num_work;
   int32_t tile;
   int32_t slots;  // of the hash table: a power of two, at least twice the tile
   int32_t slot_bits;
@@ -213,11 +213,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
     fill_zero(params.sums, params.grad_weight_numel * sizeof(sum_t), thread, num_threads);
   }
   bool zeroed = !params.zero_first;
-  for (int64_t work = blockIdx.x; work < params.num_work; work += gridDim.x) {
-    const TileTable& table = table_of_work(params, work);
-    const int64_t local = work - table.first_work;
-    const int64_t first_row = local / table.chunks * params.tile;
-    const int chunk = static_cast<int>(local % table.chunks);
+  for (int work = blockIdx.x; work < params.num_work; work += gridDim.x) {
+    const int t = find_last(params.first_work, params.num_tables, work);
+    const TileTable& table = params.table[t];
+    const int local = work - params.first_work[t];
+    const int64_t first_row = static_cast<int64_t>(local / table.chunks) * params.tile;
+    const int chunk = local % table.chunks;
     const uint32_t total = group_tile(shared, params, table, first_row);
     if (!zeroed) {
       grid.sync();
@@ -260,7 +261,8 @@ FeStatus launch(TileParams& params, const DeviceInfo& device, cudaStream_t strea
     params.zero_first = 0;
   }
   // Zeros take the whole device; with few, no more blocks than there is work.
-  const int64_t wanted = std::max(params.num_work, ceil_div(params.zero_first ? zero_bytes : 0, kThreads * 16 * 4));
+  const int64_t wanted =
+      std::max<int64_t>(params.num_work, ceil_div(params.zero_first ? zero_bytes : 0, kThreads * 16 * 4));
   const dim3 grid(static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, resident)));
   return launch_cooperative(tile_backward<scalar_t, kSize>, grid, dim3(kThreads), shared, params, stream,
                             "backward_tile");
@@ -274,17 +276,17 @@ struct TileLaunch {
 
 void add_table(const FeBackwardArgs& args, const TableSlice& source, TileLaunch* launch) {
   TileParams& params = launch->params;
+  params.first_work[params.num_tables] = params.num_work;
   TileTable& table = params.table[params.num_tables++];
   table.num_embeddings = source.num_embeddings;
   table.weight_offset = source.weight_offset;
   table.padding_idx = source.padding_idx;
-  table.first_work = params.num_work;
   table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
   table.first_column = static_cast<int32_t>(source.first_column);
   table.index_column = static_cast<int32_t>(source.index_column);
   split_columns(ceil_div(std::max<int64_t>(source.embedding_dim, 1) * scalar_bytes(args.scalar_type), launch->pack),
                 &table);
-  params.num_work += ceil_div(args.num_rows, params.tile) * table.chunks;
+  params.num_work += static_cast<int32_t>(ceil_div(args.num_rows, params.tile) * table.chunks);
 }
 
 }  // namespace

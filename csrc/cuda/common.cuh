@@ -170,12 +170,21 @@ struct Divisor {
   __device__ uint32_t quotient(uint32_t value) const { return (__umulhi(value, multiplier) + value) >> shift; }
 };
 
-// The table that a work item of `params` belongs to: items count through the tables, from each one's first_work.
-template <typename Params>
-__device__ inline const auto& table_of_work(const Params& params, int64_t work) {
-  int t = params.num_tables - 1;
-  while (params.table[t].first_work > work) --t;
-  return params.table[t];
+// The last of `count` ascending numbers in kernel parameters that is not above `number`: to which table a work item
+// belongs, items being counted through the tables. By halves, and in an array of nothing else: a kernel that starts
+// finds its parameters in no cache.
+__device__ inline int find_last(const int32_t* first, int count, int32_t number) {
+  int low = 0;
+  int high = count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (first[middle] <= number) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
 }
 
 // ---- Host ----

@@ -56,10 +56,11 @@ __global__ void __launch_bounds__(kThreads, kScaled ? kBlocksPerSmScaled : kBloc
   using sum_t = acc_t<scalar_t>;
   __shared__ SumShared<scalar_t, kSize> shared;
 
-  const int64_t work = blockIdx.x;
-  const SumTable& table = table_of_work(params, work);
-  const uint32_t part = static_cast<uint32_t>(work - table.first_work) / table.chunks;
-  const int chunk = static_cast<int>(work - table.first_work - static_cast<int64_t>(part) * table.chunks);
+  const int work = blockIdx.x;
+  const int t = find_last(params.first_work, params.num_tables, work);
+  const SumTable& table = params.table[t];
+  const uint32_t part = static_cast<uint32_t>(work - params.first_work[t]) / table.chunks;
+  const int chunk = work - params.first_work[t] - static_cast<int>(part) * table.chunks;
   const int groups = kThreads / table.lanes;
   const int group = threadIdx.x / table.lanes;
   const int lane = threadIdx.x - group * table.lanes;
@@ -88,7 +89,8 @@ __global__ void __launch_bounds__(kThreads, kScaled ? kBlocksPerSmScaled : kBloc
   const uint32_t last_row = shared.lookup[length - 1].row;
   const bool incoming = first_row == before;
   const bool outgoing = last_row == after;
-  sum_t* partial = static_cast<sum_t*>(params.partials) + work * params.partial_stride + lane * kSize;
+  sum_t* partial =
+      static_cast<sum_t*>(params.partials) + static_cast<int64_t>(work) * params.partial_stride + lane * kSize;
   scalar_t* grad_weight = static_cast<scalar_t*>(params.grad_weight) + table.weight_offset + column;
   const auto address_of = [&](uint32_t row) { return grad_weight + static_cast<int64_t>(row) * table.embedding_dim; };
 
@@ -170,12 +172,12 @@ SortedSums::SortedSums(const FePlan& plan, const FeBackwardArgs& args)
 
 void SortedSums::add(const TableSlice& source, const Lookup* lookups, int64_t pack) {
   Launch& launch = launches_[pack == 16 ? 0 : pack == 8 ? 1 : 2];
+  launch.params.first_work[launch.params.num_tables] = static_cast<int32_t>(launch.work);
   SumTable& table = launch.params.table[launch.params.num_tables++];
   table.lookups = lookups;
   const int64_t columns = launch.pack / scalar_bytes(args_.scalar_type);
   const int64_t packs = std::max<int64_t>(ceil_div(source.embedding_dim, columns), 1);
   table.weight_offset = source.weight_offset;
-  table.first_work = launch.work;
   table.num_embeddings = static_cast<uint32_t>(source.num_embeddings);
   table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
   table.first_column = static_cast<int32_t>(source.first_column);

@@ -8,7 +8,6 @@ namespace fast_embedding {
 struct SumTable {
   const Lookup* lookups;
   int64_t weight_offset;
-  int64_t first_work;
   uint32_t num_embeddings;
   int32_t embedding_dim;
   int32_t first_column;
@@ -17,6 +16,7 @@ struct SumTable {
 };
 
 struct SumParams {
+  int32_t first_work[kMaxSortTables];
   SumTable table[kMaxSortTables];
   int32_t num_tables;
   uint32_t num_rows;

@@ -94,26 +94,29 @@ def _draw_columns(num_embeddings: tuple[int, ...], num_rows: int, distribution: 
     return torch.stack(tuple(columns), dim=1)
 
 
-def draw_indices(num_embeddings: int, num_indices: int, distribution: str, seed: int) -> Tensor:
-    """Indices int64 ``[num_indices]`` into a table of ``num_embeddings`` rows, on the CPU.
+def draw_indices(
+    num_embeddings: int, num_indices: int, distribution: str, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Indices int64 ``[num_indices]`` into a table of ``num_embeddings`` rows. Each device has numbers of its own.
 
     ``uniform``; ``zipf``: p(k) ~ 1/k^1.05 over a random permutation of the rows; ``one``: the same row each time;
     ``text``: token ids of the standard library in corpus order (see ``streams``).
     """
     if num_embeddings < 1:
         raise ValueError(f"num_embeddings must be positive, got {num_embeddings}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     if distribution == "uniform":
-        return torch.randint(num_embeddings, (num_indices,), generator=generator)
+        return torch.randint(num_embeddings, (num_indices,), generator=generator, device=device)
     if distribution == "zipf":
-        cumulative = torch.arange(1, num_embeddings + 1, dtype=torch.float64).pow_(-ZIPF_EXPONENT).cumsum_(0)
-        points = torch.rand(num_indices, dtype=torch.float64, generator=generator) * cumulative[-1]
+        ranks = torch.arange(1, num_embeddings + 1, dtype=torch.float64, device=device)
+        cumulative = ranks.pow_(-ZIPF_EXPONENT).cumsum_(0)
+        points = torch.rand(num_indices, dtype=torch.float64, generator=generator, device=device) * cumulative[-1]
         ranks = torch.searchsorted(cumulative, points).clamp_(max=num_embeddings - 1)
-        return torch.randperm(num_embeddings, generator=generator)[ranks]
+        return torch.randperm(num_embeddings, generator=generator, device=device)[ranks]
     if distribution == "one":
-        return torch.full((num_indices,), num_embeddings // 2)
+        return torch.full((num_indices,), num_embeddings // 2, device=device)
     if distribution == "text":
-        return streams.text().indices(num_embeddings, num_indices)
+        return streams.text().indices(num_embeddings, num_indices).to(device)
     raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
 
 
