@@ -106,10 +106,13 @@ extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan*
   *plan = FePlan{};
   const int64_t accumulators = query->grad_weight_numel * accumulator_bytes(query->scalar_type);
   const bool scratch_too_large = scalar_bytes(query->scalar_type) == 2 && accumulators > kMaxScratchBytes;
-  const bool sorts = query->deterministic || scratch_too_large || sorting_pays(*query);
-  if (query->num_tables == 1 && query->num_indices <= (sorts ? kMaxOwnIndicesForSort : kMaxOwnIndices)) {
+  const bool scaled = query->scale_grad_by_freq != 0;
+  const bool sorts = query->deterministic || scratch_too_large || scaled || sorting_pays(*query);
+  if (query->sparse) {
+    plan_sort(*query, plan);
+  } else if (query->num_tables == 1 && query->num_indices <= (sorts ? kMaxOwnIndicesForSort : kMaxOwnIndices)) {
     plan->strategy = FE_STRATEGY_OWN;
-  } else if (plan_private(*query, sorts, plan)) {
+  } else if (!scaled && plan_private(*query, sorts, plan)) {
     // plan_private has filled it in.
   } else if (sorts) {
     plan_sort(*query, plan);

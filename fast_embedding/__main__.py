@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         help="may be repeated; by default float32, and bfloat16 if not --quick on a CPU",
     )
     bench.add_argument("--compile", action="store_true", help="also measure torch.compile, at every shape")
-    bench.add_argument("--only", choices=SECTIONS, help="one table, many tables, or the training runs alone")
+    bench.add_argument(
+        "--only", choices=SECTIONS, help="one table, many tables, sparse gradients, or the training runs alone"
+    )
     bench.add_argument("--threads", type=_positive, metavar="N", help="threads on the CPU")
     bench.add_argument("--seed", type=int, default=0, help="of indices, weights and training (default 0)")
     bench.add_argument("--json", type=Path, metavar="PATH", help="result file (default results/bench-<device>.json)")

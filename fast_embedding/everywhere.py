@@ -30,10 +30,11 @@ class enable:  # noqa: N801 (it is called like a function)
 
     Our kernels stand in for those of ``aten::embedding`` and ``aten::embedding_dense_backward`` on the CPU and on CUDA,
     below autograd, for float32, float64, float16 and bfloat16 weights and int32 and int64 indices. Everything else,
-    also ``scale_grad_by_freq``, ``max_norm`` and ``sparse``, nn.EmbeddingBag and other devices, runs as ever.
-    For ``torch.compile``, whose compiler has a backward of its own, ``torch.nn.functional.embedding`` is replaced as
-    well: what was compiled before recompiles at its next call. Code that does not look the function up in its module
-    (``torch.embedding``, ``from torch.nn.functional import embedding``) keeps Inductor's backward where it is compiled.
+    also ``max_norm``, nn.EmbeddingBag and other devices, runs as ever.
+    For ``torch.compile``, whose compiler has a backward of its own, and for ``sparse=True``, whose backward is not an
+    operator, ``torch.nn.functional.embedding`` is replaced as well: what was compiled before recompiles at its next
+    call. Code that does not look the function up in its module (``torch.embedding``,
+    ``from torch.nn.functional import embedding``) keeps torch's sparse backward, and Inductor's where it is compiled.
 
     On macOS and Windows, where there are no kernels, it does nothing.
 
@@ -95,7 +96,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """What stands in torch.nn.functional.embedding's place: torch's own function for all but torch.compile."""
+    """What stands in torch.nn.functional.embedding's place: torch's own function but for torch.compile and sparse."""
     if torch.compiler.is_compiling() and _enabled:
         return functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if has_torch_function_variadic(input, weight):
@@ -112,6 +113,8 @@ def _embedding(
             scale_grad_by_freq=scale_grad_by_freq,
             sparse=sparse,
         )
+    if sparse and _enabled:
+        return functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     return _torch_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 

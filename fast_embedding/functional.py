@@ -62,16 +62,19 @@ def embedding(
 ) -> Tensor:
     """Look up rows of ``weight``: :func:`torch.nn.functional.embedding` with a faster forward and backward.
 
-    The gradient of ``weight`` accumulates in float32 for 16-bit types and is rounded once.
-    ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` are torch's own, unaccelerated.
+    The gradient of ``weight`` accumulates in float32 for 16-bit types and is rounded once. ``max_norm`` is torch's own,
+    unaccelerated, and so are ``scale_grad_by_freq`` and ``sparse`` under torch.compile.
 
     Args:
         input: int32 or int64, any shape.
         weight: (num_embeddings, embedding_dim); accelerated in float32, float64, float16 and bfloat16.
         padding_idx: a row that gets no gradient; negative values count from the end.
         max_norm, norm_type: renormalise the rows looked up, in place, to at most this norm.
-        scale_grad_by_freq: divide the gradient of a row by its number of occurrences in ``input``.
-        sparse: give ``weight`` a sparse gradient.
+        scale_grad_by_freq: divide the gradient of a row by its number of occurrences in ``input``. Derivatives of that
+            gradient leave the division out, as torch's do.
+        sparse: give ``weight`` a sparse gradient. It is coalesced: ``indices()`` are the rows of ``input``, ascending,
+            each once. On a GPU the backward waits for their number, unless there is one lookup or one row. While a
+            CUDA graph is captured, and where the gradient is derived from, it is torch's own, not coalesced.
         check_indices: raise :exc:`IndexError` on a GPU too; None means ``FAST_EMBEDDING_CHECK``.
 
     Returns:
@@ -90,7 +93,11 @@ def embedding(
     """
     if check_indices or (check_indices is None and _CHECK_INDICES):
         _check_indices(input, weight.size(0))
-    if max_norm is not None or scale_grad_by_freq or sparse or _falls_through(input, weight):
+    if (
+        max_norm is not None
+        or _falls_through(input, weight)
+        or ((scale_grad_by_freq or sparse) and (_is_compiling() or (scale_grad_by_freq and sparse)))
+    ):
         return _torch_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if padding_idx is None:
         padding_idx = -1
@@ -102,15 +109,18 @@ def embedding(
             padding_idx += num_embeddings
     if (
         weight.is_cpu
+        and not sparse
         and not _is_dynamo_compiling()
         and not _compiler._is_compiling_flag
         and input.numel() < _CPU_MIN_INDICES
     ):
         try:
-            return torch.embedding(weight, input, padding_idx)
+            return torch.embedding(weight, input, padding_idx, scale_grad_by_freq)
         except IndexError:
             _check_indices(input, weight.size(0))  # torch's own error names neither index nor table
             raise
+    if scale_grad_by_freq or sparse:
+        return ops.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
     return ops.embedding(weight, input, padding_idx)
 
 

@@ -20,8 +20,7 @@ class FastEmbedding(nn.Embedding):
     """:class:`torch.nn.Embedding` with a faster forward and backward.
 
     Constructor, attributes, ``from_pretrained`` and state dict are those of nn.Embedding; only ``forward`` differs, see
-    :func:`fast_embedding.functional.embedding`. ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` work and are
-    torch's own, unaccelerated.
+    :func:`fast_embedding.functional.embedding`. ``max_norm`` works and is torch's own, unaccelerated.
 
     >>> layer = FastEmbedding(10, 3, padding_idx=0)
     >>> layer

@@ -31,13 +31,17 @@ _is_compiling = torch.compiler.is_dynamo_compiling
 _direct: dict[str, Callable[..., Tensor]] = {}
 
 
-def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1) -> Tensor:
+def embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Tensor:
     """Rows of one table.
 
     Args:
         weight: (V, D), any floating type; kernels exist for float32, float64, float16 and bfloat16.
         indices: int32 or int64, any shape and strides, on the weight's device.
         padding_idx: a row that gets no gradient, in [0, V), or -1 for none.
+        scale_grad_by_freq: divide the gradient of a row by the number of indices that name it.
+        sparse: make the weight's gradient a sparse tensor, coalesced.
 
     Returns:
         (\\*indices.shape, D) in the weight's dtype, contiguous.
@@ -48,7 +52,12 @@ def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1) -> Tensor:
     """
     if _is_compiling():
         load_while_tracing()
+        if scale_grad_by_freq or sparse:
+            return torch.ops.fast_embedding.embedding.options(weight, indices, padding_idx, scale_grad_by_freq, sparse)
         return torch.ops.fast_embedding.embedding.default(weight, indices, padding_idx)
+    if scale_grad_by_freq or sparse:
+        call = _direct.get("embedding.options") or _load_direct("embedding.options")
+        return call(weight, indices, padding_idx, scale_grad_by_freq, sparse)
     return (_direct.get("embedding") or _load_direct("embedding"))(weight, indices, padding_idx)
 
 
@@ -69,9 +78,8 @@ def multi_embedding(weight: Tensor, indices: Tensor, tables: Tensor, sum: bool =
     Raises:
         RuntimeError, IndexError: as :func:`embedding`, or tables that do not fit the weight.
     """
-    return (_direct.get("multi_embedding") or _load_direct("multi_embedding", "described"))(
-        weight, indices, tables, sum
-    )
+    call = _direct.get("multi_embedding.described") or _load_direct("multi_embedding.described")
+    return call(weight, indices, tables, sum)
 
 
 def traced_multi_embedding(
@@ -98,7 +106,8 @@ def traced_multi_embedding(
     )
 
 
-def _load_direct(name: str, overload_name: str = "default") -> Callable[..., Tensor]:
+def _load_direct(name: str) -> Callable[..., Tensor]:
     load()
-    overload = getattr(getattr(torch.ops.fast_embedding, name), overload_name)
+    operator, _, overload_name = name.partition(".")
+    overload = getattr(getattr(torch.ops.fast_embedding, operator), overload_name or "default")
     return _direct.setdefault(name, getattr(overload, "_op", overload))

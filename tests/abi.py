@@ -51,6 +51,7 @@ class BackwardArgs(Structure):
         ("grad_weight", c_void_p),
         ("grad_weight_numel", c_int64),
         ("deterministic", c_int32),
+        ("scale_grad_by_freq", c_int32),
         ("combination", c_int32),
     ]
 
@@ -75,6 +76,8 @@ class PlanQuery(Structure):
         ("grad_weight_numel", c_int64),
         ("deterministic", c_int32),
         ("device", Device),
+        ("scale_grad_by_freq", c_int32),
+        ("sparse", c_int32),
     ]
 
 
@@ -105,6 +108,10 @@ def load_cuda(path: Path) -> ctypes.CDLL:
     library.fe_cuda_embedding_forward.argtypes = [POINTER(ForwardArgs), *call]
     library.fe_cuda_embedding_backward.argtypes = [POINTER(BackwardArgs), *call]
     library.fe_cuda_embedding_backward_by.argtypes = [POINTER(Plan), POINTER(BackwardArgs), *call]
+    library.fe_cuda_embedding_sparse_count.argtypes = [POINTER(Plan), POINTER(BackwardArgs), c_void_p, *call]
+    library.fe_cuda_embedding_sparse_backward.argtypes = [
+        POINTER(Plan), POINTER(BackwardArgs), c_int64, c_void_p, *call
+    ]  # fmt: skip
     library.fe_cuda_last_error.restype = c_char_p
     library.fe_cuda_architectures.restype = c_char_p
     return library

@@ -62,8 +62,9 @@ def test_gradcheck_of_multi_embedding(op, device, many_indices, many_tables):
     assert gradgradcheck(lambda g: op.multi_embedding_backward(g, many_indices, 64, *many_tables), grad_output)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("padding_idx", [-1, 3])
-def test_second_derivative_equals_atens(op, device, indices, padding_idx):
+def test_second_derivative_equals_atens(op, device, indices, padding_idx, scaled):
     def derivatives(lookup):
         torch.manual_seed(0)
         weight = double(5, 3, device=device)
@@ -72,8 +73,8 @@ def test_second_derivative_equals_atens(op, device, indices, padding_idx):
         (third,) = torch.autograd.grad(second.pow(2).sum(), weight)
         return first, second, third
 
-    ours = derivatives(lambda weight: op.embedding(weight, indices, padding_idx))
-    aten = derivatives(lambda weight: torch.embedding(weight, indices, padding_idx))
+    ours = derivatives(lambda weight: op.embedding(weight, indices, padding_idx, scaled))
+    aten = derivatives(lambda weight: torch.embedding(weight, indices, padding_idx, scaled))
     torch.testing.assert_close(ours, aten)
 
 

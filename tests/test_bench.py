@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from fast_embedding import __main__ as cli
-from fast_embedding.bench import console, environment, limits, measure, report, selftest, shapes, streams, timing
+from fast_embedding.bench import (
+    console,
+    environment,
+    limits,
+    measure,
+    report,
+    selftest,
+    shapes,
+    sparse,
+    streams,
+    timing,
+)
 from fast_embedding.bench.timing import CpuTimer, CudaTimer, Effort
 
 TINY = Effort(min_rounds=3, max_rounds=3, seconds=0, wall_calls=2)
@@ -256,6 +267,21 @@ def test_a_contender_that_is_wrong_is_refused(session):
         measure.measure([right, ours], grad_output, exact, limits.Traffic(), session)
 
 
+def test_a_wrong_sparse_gradient_is_refused(session, monkeypatch):
+    class OtherRows(torch.nn.Embedding):
+        def forward(self, indices):
+            return super().forward(indices.clamp(max=2))
+
+    class Doubled(torch.nn.Embedding):
+        def forward(self, indices):
+            return super().forward(indices) * 2
+
+    for wrong, message in ((OtherRows, "has other rows"), (Doubled, "is off by")):
+        monkeypatch.setattr(sparse, "FastEmbedding", wrong)
+        with pytest.raises(ArithmeticError, match=f"the sparse gradient of fast_embedding {message}"):
+            sparse.run(shapes.LookupShape(50, 4, 300, "uniform"), torch.float32, session)
+
+
 # ---- The whole -------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +296,11 @@ def test_a_run_holds_every_section(smoke):
     assert result["multi"]
     for record in result["lookup"] + result["multi"]:
         check_record(record, "cpu")
+    (sparse,) = result["sparse"]
+    assert sparse["gradient_error"] < 1e-6
+    for times in sparse["times"].values():
+        assert times["gradient"]["median"] > 0
+        assert times["step"]["median"] > 0
     assert {run["model"] for run in result["training"]} == {"tokens", "tabular"}
 
 
@@ -291,6 +322,8 @@ def test_report_makes_the_page_from_json_alone(smoke, tmp_path):
     assert report.main([str(smoke[1] / "run.json"), "--markdown", str(page)]) == 0
     text = page.read_text()
     assert "| 1000 x 64 | 128 | uniform |" in text
+    assert "### Sparse gradients, float32" in text
+    assert "| 100000 x 32 | 16384 | zipf |" in text
     assert "### Training" in text
 
 
@@ -318,16 +351,16 @@ def test_report_of_a_gpu_shows_wall_time_memory_and_what_others_took_there(smoke
     assert not any("FBGEMM" in column for table in report.tables(smoke[2]) for column in table.columns)
 
 
-@pytest.mark.parametrize("section", ["lookup", "multi", "training"])
+@pytest.mark.parametrize("section", shapes.SECTIONS)
 def test_one_section_alone(tmp_path, section):
     assert smoke_run(tmp_path, "--only", section) == 0
     result = json.loads((tmp_path / "run.json").read_text())
-    assert [name for name in ("lookup", "multi", "training") if result[name]] == [section]
+    assert [name for name in shapes.SECTIONS if result[name]] == [section]
 
 
 def test_what_is_shown_fits_a_terminal(smoke):
     tables = report.summaries(as_of_a_gpu(smoke[2]))
-    assert len(tables) == 3
+    assert len(tables) == 4
     for table in tables:
         assert max(map(len, table.plain().splitlines())) <= 100
         assert len({len(row) for row in (table.columns, *table.rows)}) == 1

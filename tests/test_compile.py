@@ -292,7 +292,9 @@ def test_opcheck(op, device, index_dtype, requires_grad):
 
     for arguments in ((floats(7, 5), x), (floats(7, 5), x, 2)):
         torch.library.opcheck(op.embedding.default, arguments)
+    torch.library.opcheck(op.embedding.options, (floats(7, 5), x, 2, True))
     torch.library.opcheck(op.embedding_backward.default, (floats(6, 3, 5), x, 7, 2))
+    torch.library.opcheck(op.embedding_backward.default, (floats(6, 3, 5), x, 7, 2, True))
     torch.library.opcheck(op.multi_embedding.default, (floats(LAYOUT.numel), x, *TABLES))
     torch.library.opcheck(op.multi_embedding_backward.default, (floats(6, 13), x, LAYOUT.numel, *TABLES))
     columns = output_columns(Columns(LAYOUT, padding_idx=[None, 1, 5]).key, device)

@@ -53,9 +53,15 @@ class Context(ctypes.Structure):
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(library_path("cpu")))
     size = ctypes.POINTER(ctypes.c_size_t)
-    for name, args in (("forward", ForwardArgs), ("backward", BackwardArgs)):
+    sparse_count, sparse_backward = [ctypes.c_void_p], [ctypes.c_int64, ctypes.c_void_p]
+    for name, args, more in (
+        ("forward", ForwardArgs, []),
+        ("backward", BackwardArgs, []),
+        ("sparse_count", BackwardArgs, sparse_count),
+        ("sparse_backward", BackwardArgs, sparse_backward),
+    ):
         function = getattr(lib, f"fe_cpu_embedding_{name}")
-        function.argtypes = [ctypes.POINTER(args), ctypes.c_void_p, size, ctypes.POINTER(Context)]
+        function.argtypes = [ctypes.POINTER(args), *more, ctypes.c_void_p, size, ctypes.POINTER(Context)]
         function.restype = ctypes.c_int
     return lib
 
@@ -168,20 +174,64 @@ def forward(library, lookup: Lookup, weight: np.ndarray, num_threads: int = 1):
 
 
 def backward(
-    library, lookup: Lookup, grad: np.ndarray, num_threads: int = 1, *, deterministic=1, stride=None, short_by: int = 0
+    library,
+    lookup: Lookup,
+    grad: np.ndarray,
+    num_threads: int = 1,
+    *,
+    deterministic=1,
+    scaled=0,
+    stride=None,
+    short_by: int = 0,
 ):
     # One element off, so that nothing but the element's own alignment holds.
     buffer = np.full(lookup.numel + 2, 0x3C, storage(lookup.dtype))
     target = buffer[1:-1]
     stride = grad.strides[0] // grad.itemsize if stride is None else stride
-    args = BackwardArgs(*lookup.common(), pointer(grad), stride, pointer(target), lookup.numel, deterministic)
+    args = BackwardArgs(*lookup.common(), pointer(grad), stride, pointer(target), lookup.numel, deterministic, scaled)
     status, error = call(library.fe_cpu_embedding_backward, args, num_threads, short_by=short_by)
     assert buffer[0] == buffer[-1] == 0x3C, "wrote outside grad_weight"
     return status, error, target
 
 
-def reference(lookup: Lookup, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sums in float64, and what their absolute error may be at most."""
+def sparse_backward(library, lookup: Lookup, grad: np.ndarray, num_threads: int = 1, *, short_by: int = 0):
+    """(status, error, rows, values) of the only table, by both calls; rows and values None unless all is well."""
+    dim = lookup.columns
+    stride = grad.strides[0] // grad.itemsize
+    args = BackwardArgs(*lookup.common(), pointer(grad), stride, None, 0, 0)
+    error = IndexReport()
+    context = Context(*threads(num_threads), ctypes.pointer(error))
+    size = ctypes.c_size_t()
+    status = library.fe_cpu_embedding_sparse_count(
+        ctypes.byref(args), None, None, ctypes.byref(size), ctypes.byref(context)
+    )
+    if status != OK:
+        return status, error, None, None
+    assert size.value <= 16 * len(lookup.indices) + grad.nbytes // 10 + (8 << 20)
+    workspace = np.full(size.value + 256, 0xFF, np.uint8)
+    aligned = pointer(workspace) + -pointer(workspace) % 256
+    guard = workspace[aligned - pointer(workspace) + size.value :]
+    size.value -= short_by
+    count = ctypes.c_int64(-1)
+    status = library.fe_cpu_embedding_sparse_count(
+        ctypes.byref(args), ctypes.byref(count), aligned, ctypes.byref(size), ctypes.byref(context)
+    )
+    if status != OK:
+        return status, error, None, None
+    rows = np.full(count.value + 2, -1)
+    values = np.full(count.value * dim + 2, 0x3C, storage(lookup.dtype))
+    args.grad_weight, args.grad_weight_numel = pointer(values[1:]), count.value * dim
+    status = library.fe_cpu_embedding_sparse_backward(
+        ctypes.byref(args), count.value, pointer(rows[1:]), aligned, ctypes.byref(size), ctypes.byref(context)
+    )
+    assert (guard == 0xFF).all(), "wrote behind the workspace"
+    assert rows[0] == rows[-1] == -1, "wrote outside the rows"
+    assert values[0] == values[-1] == 0x3C, "wrote outside the values"
+    return status, error, rows[1:-1], values[1:-1].reshape(count.value, dim)
+
+
+def reference(lookup: Lookup, grad: np.ndarray, scaled: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The sums in float64, or the means, and what their absolute error may be at most."""
     wide = widen(grad, lookup.dtype)
     total, magnitude, count = (np.zeros(lookup.numel) for _ in range(3))
     for t, table, columns in lookup.slices():
@@ -192,6 +242,9 @@ def reference(lookup: Lookup, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         for target, values in ((total, wide), (magnitude, np.abs(wide)), (count, np.ones_like(wide))):
             view = target[place].reshape(table.num_embeddings, table.embedding_dim)
             np.add.at(view, rows, values[kept, columns])
+    if scaled:
+        frequency = np.maximum(count, 1)
+        total, magnitude, count = total / frequency, magnitude / frequency, count + 1
     unit = ROUNDING["float64" if lookup.dtype == "float64" else "float32"]
     rounding = ROUNDING[lookup.dtype] * np.abs(total) + DENORMAL_ROUNDING[lookup.dtype]
     return total, 1.001 * (rounding + count * unit * magnitude)
@@ -247,6 +300,56 @@ def test_backward_sums(library, shape: str, distribution: str, dtype: str) -> No
         assert status == OK
         error = np.abs(widen(grad_weight, dtype) - expected)
         assert (error <= bound).all(), f"{(error - bound).max()} above the bound"
+    expected, bound = reference(lookup, grad, scaled=True)
+    for num_threads in (3, 1):
+        status, _, grad_weight = backward(library, lookup, grad, num_threads, scaled=1)
+        assert status == OK
+        error = np.abs(widen(grad_weight, dtype) - expected)
+        assert (error <= bound).all(), f"{(error - bound).max()} above the bound, scaled"
+
+
+@pytest.mark.parametrize("dtype", SCALAR_TYPES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name != "tables"])
+def test_sparse_backward(library, shape: str, distribution: str, dtype: str) -> None:
+    (num_embeddings,), (dim,), rows = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    indices = make_indices(rng, distribution, rows, num_embeddings)[:, None]
+    for padding_idx in (-1, int(indices[0, 0])):
+        lookup = Lookup([num_embeddings], [dim], indices, dtype, [padding_idx])
+        grad = make_grad(rng, rows, dim, dtype)
+        expected, bound = (x[Lookup.HOLE : -Lookup.HOLE].reshape(num_embeddings, dim) for x in reference(lookup, grad))
+        first = None
+        for num_threads in (1, 3):
+            status, _, found, values = sparse_backward(library, lookup, grad, num_threads)
+            assert status == OK
+            assert (found == np.unique(indices[indices != padding_idx])).all()
+            error = np.abs(widen(values, dtype) - expected[found])
+            assert (error <= bound[found]).all(), f"{(error - bound[found]).max()} above the bound"
+            first = values.tobytes() if first is None else first
+            assert values.tobytes() == first, "other bits at another thread count"
+
+
+@pytest.mark.parametrize("sizes", [(5, 3, 0), (0, 3, 0), (5, 0, 4)], ids=str)
+def test_sparse_backward_of_nothing(library, sizes) -> None:
+    num_embeddings, dim, rows = sizes
+    lookup = Lookup([num_embeddings], [dim], np.zeros((rows, 1), np.int64))
+    status, _, found, values = sparse_backward(library, lookup, np.ones((rows, dim), np.float32))
+    assert status == OK
+    assert found.tolist() == ([0] if rows else [])
+    assert values.size == 0
+
+
+def test_sparse_backward_refuses(library) -> None:
+    lookup = Lookup([50_000], [8], np.full((100_000, 1), 50_000))
+    grad = np.zeros((100_000, 8), np.float32)
+    status, error, *_ = sparse_backward(library, lookup, grad, 2)
+    assert (status, error.index, error.row, error.num_embeddings) == (INDEX_OUT_OF_RANGE, 50_000, 0, 50_000)
+    lookup.indices[:] = 0
+    assert sparse_backward(library, lookup, grad, short_by=1)[0] == WORKSPACE_TOO_SMALL
+    lookup.tables[0].num_embeddings = -1
+    assert sparse_backward(library, lookup, grad)[0] == INVALID_ARGUMENT
+    assert sparse_backward(library, Lookup([5, 5], [4, 4], np.zeros((9, 2), np.int64)), grad)[0] == INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -257,9 +360,10 @@ def test_backward_has_the_same_bits_at_every_thread_count(library, shape: str, d
     indices = np.stack([make_indices(rng, "zipf", rows, v) for v in num_embeddings], 1)
     lookup = Lookup(num_embeddings, dims, indices, dtype)
     grad = make_grad(rng, rows, lookup.columns, dtype)
-    first = backward(library, lookup, grad, 1)[2]
-    for num_threads in (2, 3, 7):
-        assert backward(library, lookup, grad, num_threads)[2].tobytes() == first.tobytes()
+    for scaled in (0, 1):
+        first = backward(library, lookup, grad, 1, scaled=scaled)[2]
+        for num_threads in (2, 3, 7):
+            assert backward(library, lookup, grad, num_threads, scaled=scaled)[2].tobytes() == first.tobytes()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -267,11 +371,12 @@ def test_backward_workspace_stays_within_its_budget(library, shape: str) -> None
     num_embeddings, dims, rows = SHAPES[shape]
     for dtype in SCALAR_TYPES:
         lookup = Lookup(num_embeddings, dims, np.zeros((rows, len(dims)), np.int64), dtype)
-        args = BackwardArgs(*lookup.common(), None, lookup.columns, None, lookup.numel, 1)
-        size = ctypes.c_size_t()
-        assert library.fe_cpu_embedding_backward(ctypes.byref(args), None, ctypes.byref(size), None) == OK
-        grad_bytes = rows * lookup.columns * storage(dtype).itemsize
-        assert size.value <= 16 * rows * len(dims) + grad_bytes // 10 + (8 << 20)
+        for scaled in (0, 1):
+            args = BackwardArgs(*lookup.common(), None, lookup.columns, None, lookup.numel, 1, scaled)
+            size = ctypes.c_size_t()
+            assert library.fe_cpu_embedding_backward(ctypes.byref(args), None, ctypes.byref(size), None) == OK
+            grad_bytes = rows * lookup.columns * storage(dtype).itemsize
+            assert size.value <= 16 * rows * len(dims) + grad_bytes // 10 + (8 << 20)
 
 
 @pytest.mark.parametrize("num_embeddings", [4, 50_000], ids=["private", "sorted"])

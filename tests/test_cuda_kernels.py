@@ -69,7 +69,8 @@ class Problem:
         combination=abi.CONCAT,
     ):
         torch.manual_seed(len(sizes) + num_rows)
-        self.sizes, self.num_rows, self.dtype, self.combination = sizes, num_rows, dtype, combination
+        self.sizes, self.num_rows, self.dtype, self.offset = sizes, num_rows, dtype, offset
+        self.combination = combination
         self.total_dim = sizes[0][1] if combination == abi.SUM else sum(dim for _, dim in sizes)
         self.offsets, numel = [], 0
         for rows, dim in sizes:
@@ -112,10 +113,10 @@ class Problem:
         )
         return self.output
 
-    def backward(self, library, plan=None, deterministic=False):
+    def backward(self, library, plan=None, deterministic=False, scaled=False):
         args = abi.BackwardArgs(
             *self.lookup(), self.grad_output.data_ptr(), self.grad_output.stride(0),
-            self.grad_weight.data_ptr(), self.numel, deterministic, combination=self.combination,
+            self.grad_weight.data_ptr(), self.numel, deterministic, scaled, self.combination,
         )  # fmt: skip
 
         def call(*workspace):
@@ -126,6 +127,40 @@ class Problem:
         self.grad_weight.fill_(torch.nan)
         call_with_workspace(library, call)
         return self.grad_weight
+
+    def sparse_backward(self, library, plan=None):
+        """The only table's rows and their sums."""
+        (_, dim), padding = self.sizes[0], self.padding[0]
+        args = abi.BackwardArgs(*self.lookup(), self.grad_output.data_ptr(), self.grad_output.stride(0), None, 0, 0)
+        plan = None if plan is None else byref(plan)
+        size = c_size_t()
+        check(library, library.fe_cuda_embedding_sparse_count(plan, byref(args), None, None, byref(size), stream()))
+        assert size.value <= 16 * self.num_rows + self.grad_output.nbytes // 10 + (8 << 20)
+        guard = 256
+        workspace = torch.full((size.value + guard,), 0xFF, dtype=torch.uint8, device="cuda")
+        counted = torch.full((2,), -1, device="cuda")
+        memory = workspace.data_ptr()
+        check(
+            library,
+            library.fe_cuda_embedding_sparse_count(
+                plan, byref(args), counted.data_ptr(), memory, byref(size), stream()
+            ),
+        )
+        count, behind = counted.tolist()
+        assert behind == -1
+        assert count == self.indices[self.indices != padding].unique().numel()
+        rows = torch.full((count + 1,), -1, device="cuda")
+        values = self.buffer(count * dim + self.offset, 0)[self.offset :]
+        args.grad_weight, args.grad_weight_numel = values.data_ptr(), count * dim
+        check(
+            library,
+            library.fe_cuda_embedding_sparse_backward(
+                plan, byref(args), count, rows.data_ptr(), memory, byref(size), stream()
+            ),
+        )
+        assert (workspace[size.value :] == 0xFF).all(), "the kernel wrote beyond its workspace"
+        assert rows[count] == -1, "the kernel wrote beyond the rows"
+        return rows[:count], values.view(count, dim)
 
     def reference_output(self):
         columns = []
@@ -139,7 +174,7 @@ class Problem:
             total += rows
         return total.to(self.dtype)
 
-    def reference_gradient(self):
+    def reference_gradient(self, scaled=False):
         """float64, and the sum of magnitudes, which bounds what rounding can do to an element."""
         gradient = torch.zeros(self.numel, dtype=torch.float64, device="cuda")
         magnitude = torch.zeros_like(gradient)
@@ -150,6 +185,10 @@ class Problem:
             where = slice(self.offsets[t], self.offsets[t] + rows * dim)
             gradient[where].view(rows, dim).index_add_(0, self.indices[:, t].long(), incoming)
             magnitude[where].view(rows, dim).index_add_(0, self.indices[:, t].long(), incoming.abs())
+            if scaled:
+                count = torch.bincount(self.indices[:, t].long(), minlength=rows).clamp_(min=1).unsqueeze(1)
+                gradient[where].view(rows, dim).div_(count)
+                magnitude[where].view(rows, dim).div_(count)
             column += dim if self.combination == abi.CONCAT else 0
         return gradient, magnitude
 
@@ -176,8 +215,20 @@ def check(library, status):
     assert status == abi.OK, f"status {status}: {library.fe_cuda_last_error().decode()}"
 
 
-def assert_gradient(problem, actual):
-    expected, magnitude = problem.reference_gradient()
+def assert_gradient(problem, actual, scaled=False):
+    assert_close(problem, actual, *problem.reference_gradient(scaled))
+
+
+def assert_sparse_gradient(problem, rows, values):
+    found = problem.indices[problem.indices != problem.padding[0]].unique()
+    assert torch.equal(rows, found.long())
+    expected, magnitude = (whole.view(problem.sizes[0])[rows] for whole in problem.reference_gradient())
+    assert_close(problem, values.flatten(), expected.flatten(), magnitude.flatten())
+
+
+def assert_close(problem, actual, expected, magnitude):
+    if actual.numel() == 0:
+        return
     # Sums in float32 (float64): each of log2-ish many roundings is relative to a partial sum, itself at most the sum of
     # magnitudes; a serial chain of 64 is the longest. Then one rounding to the dtype.
     rounding = torch.finfo(accumulator(problem.dtype)).eps
@@ -188,15 +239,19 @@ def assert_gradient(problem, actual):
     assert (error <= bound).all(), f"element {worst}: {actual[worst]} for {expected[worst]}, bound {bound[worst]}"
 
 
-def plans_for(problem, library, deterministic=False):
-    """All plans that fit: the table's own, and each strategy with the shortest and longest of its parameters."""
-    sixteen_bit = problem.dtype in (torch.float16, torch.bfloat16)
-    plans = [abi.Plan(abi.TILE, tile=tile, float32_scratch=sixteen_bit) for tile in (256, 768, 1024)]
-    plans += [
+def sort_plans():
+    return [
         abi.Plan(abi.SORT, tile=1024, digit_bits=10, sort_tile=8192),
         abi.Plan(abi.SORT, tile=256, digit_bits=8, sort_tile=4096),  # as on devices with little shared memory
         abi.Plan(abi.SORT, tile=32, digit_bits=4, sort_tile=512),  # several passes, several tiles a chunk
     ]
+
+
+def plans_for(problem, library, deterministic=False):
+    """All plans that fit: the table's own, and each strategy with the shortest and longest of its parameters."""
+    sixteen_bit = problem.dtype in (torch.float16, torch.bfloat16)
+    plans = [abi.Plan(abi.TILE, tile=tile, float32_scratch=sixteen_bit) for tile in (256, 768, 1024)]
+    plans += sort_plans()
     rows = problem.sizes[0][0]
     if len(problem.sizes) == 1 and problem.num_rows <= 2048:
         plans.append(abi.Plan(abi.OWN))
@@ -249,6 +304,74 @@ def test_backward_by_every_plan(library, size, num_rows, dtype):
         for plan in plans_for(problem, library):
             assert_gradient(problem, problem.backward(library, plan))
         assert_gradient(problem, problem.backward(library))
+
+
+CASES = (("uniform", torch.int64, False, 0), ("zipf", torch.int32, True, 0), ("one row", torch.int64, False, 1),
+         ("half on one row", torch.int64, True, 0), ("sorted", torch.int32, False, 1))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", ONE_TABLE, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 300, 2048, 9001])
+def test_scaled_backward_by_every_plan(library, size, num_rows, dtype):
+    for distribution, index_dtype, padding, offset in CASES:
+        problem = Problem([size], num_rows, dtype, index_dtype, distribution, padding, offset)
+        for plan in [*sort_plans(), *([abi.Plan(abi.OWN)] if num_rows <= 2048 else []), None]:
+            assert_gradient(problem, problem.backward(library, plan, scaled=True), scaled=True)
+
+
+def test_scaled_backward_of_many_tables(library):
+    for sizes in MANY_TABLES:
+        problem = Problem(sizes, 5000, torch.float32, torch.int64, "zipf", True)
+        for plan in (*sort_plans(), None):
+            assert_gradient(problem, problem.backward(library, plan, scaled=True), scaled=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", ONE_TABLE, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 300, 2048, 9001])
+def test_sparse_backward_by_every_plan(library, size, num_rows, dtype):
+    for distribution, index_dtype, padding, offset in CASES:
+        problem = Problem([size], num_rows, dtype, index_dtype, distribution, padding, offset)
+        for plan in (*sort_plans(), None):
+            rows, values = problem.sparse_backward(library, plan)
+            assert_sparse_gradient(problem, rows, values)
+            assert torch.equal(problem.sparse_backward(library, plan)[1], values), "other bits in another run"
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "zipf", "one row", "sorted"])
+def test_sparse_backward_of_chunks_of_several_tiles(library, distribution):
+    problem = Problem([(1 << 20, 4)], (1 << 22) + 77, torch.float32, torch.int64, distribution, True)
+    rows, values = problem.sparse_backward(library)
+    assert torch.equal(rows, problem.indices[problem.indices != problem.padding[0]].unique())
+    expected = problem.reference_gradient()[0].view(-1, 4)[rows]
+    torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=0.01)
+
+
+@pytest.mark.parametrize("dim, num_rows", [(4, 0), (0, 9)])
+def test_sparse_backward_of_nothing(library, dim, num_rows):
+    problem = Problem([(5, dim)], num_rows, torch.float32)
+    rows, values = problem.sparse_backward(library)
+    assert torch.equal(rows, problem.indices.unique())
+    assert values.numel() == 0
+
+
+def test_all_lookups_are_padding(library):
+    problem = Problem([(50000, 8)], 5000, torch.float32, distribution="one row")
+    problem.padding = [25000]
+    problem.tables[0].padding_idx = 25000
+    rows, values = problem.sparse_backward(library)
+    assert rows.numel() == values.numel() == 0
+
+
+def test_no_sparse_backward_while_a_graph_is_captured(library):
+    problem = Problem([(500, 8)], 1000, torch.float32)
+    args = abi.BackwardArgs(*problem.lookup(), problem.grad_output.data_ptr(), 8, None, 0, 0)
+    size = c_size_t()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        problem.weight.clone()  # an empty graph is a warning
+        status = library.fe_cuda_embedding_sparse_count(None, byref(args), None, None, byref(size), stream())
+    assert status == abi.UNSUPPORTED
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -420,3 +543,10 @@ def test_plans_that_do_not_fit_are_refused(library):
     ):
         with pytest.raises(AssertionError, match="status 1"):
             problem.backward(library, plan)
+    for plan in plans_for(problem, library):
+        if plan.strategy in (abi.TILE, abi.PRIVATE):  # they do not know how long a run is
+            with pytest.raises(AssertionError, match="status 1"):
+                problem.backward(library, plan, scaled=True)
+        if plan.strategy != abi.SORT:
+            with pytest.raises(AssertionError, match="status 1"):
+                problem.sparse_backward(library, plan)

@@ -167,7 +167,14 @@ def test_max_norm_is_not_tracked_but_noticed(fast, x, device):
 @pytest.mark.parametrize("padding_idx", [None, 4])
 def test_scale_grad_by_freq(fast, x, device, dtype, padding_idx):
     layer = fast(V, D, padding_idx, scale_grad_by_freq=True, device=device, dtype=dtype)
-    assert_trains_as_torchs(layer, x)
+    if dtype.itemsize > 2:
+        assert_trains_as_torchs(layer, x)
+        return
+    # Torch adds in 16 bits on the CPU, so the measure is its float32, rounded.
+    wide = same(layer).float()
+    with torch_alone():
+        expected = train(wide, x)[1].to(dtype)
+    torch.testing.assert_close(train(layer, x)[1], expected)
 
 
 @pytest.mark.parametrize("padding_idx", [None, 4])

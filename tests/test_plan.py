@@ -17,8 +17,9 @@ def library():
 
 @pytest.fixture
 def plan(library):
-    def make(v, d, n, scalar_type=abi.FLOAT32, deterministic=False, device=H200, num_tables=1):
-        return abi.make_plan(library, abi.PlanQuery(scalar_type, num_tables, v, d, n, v * d, deterministic, device))
+    def make(v, d, n, scalar_type=abi.FLOAT32, deterministic=False, device=H200, num_tables=1, **flags):
+        query = abi.PlanQuery(scalar_type, num_tables, v, d, n, v * d, deterministic, device, **flags)
+        return abi.make_plan(library, query)
 
     return make
 
@@ -75,6 +76,20 @@ def test_sixteen_bits_sort_where_atomics_cost_more(plan, scalar_type):
     assert plan(1000, 768, 16384, scalar_type).strategy == abi.SORT
     assert plan(33, 1280, 32768, scalar_type).strategy == abi.TILE  # a handful of rows: few atomics
     assert plan(256, 64, 65536, scalar_type).strategy == abi.TILE
+
+
+@pytest.mark.parametrize("scalar_type", range(4))
+def test_frequencies_are_known_to_two_strategies(plan, scalar_type):
+    for v, d, n in ((1, 4, 1 << 20), (100, 16, 65536), (1000, 64, 128), (10, 4, 2048), (50257, 768, 16384)):
+        chosen = plan(v, d, n, scalar_type, scale_grad_by_freq=1)
+        assert chosen.strategy == (abi.OWN if n <= 2048 else abi.SORT)
+
+
+@pytest.mark.parametrize("scalar_type", range(4))
+def test_a_sparse_gradient_is_sorted(plan, scalar_type):
+    for v, d, n in ((1, 4, 1 << 20), (1000, 64, 128), (10_000_000, 32, 65536)):
+        chosen = plan(v, d, n, scalar_type, sparse=1)
+        assert (chosen.strategy, chosen.sort_tile) == (abi.SORT, 8192)
 
 
 def sort_shared_bytes(plan):

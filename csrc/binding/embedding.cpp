@@ -1,14 +1,18 @@
 // fast_embedding::embedding and fast_embedding::embedding_backward: one table.
 //
 //   embedding           weight [V, D], indices [...] -> [..., D]
+//   embedding.options   the same with scale_grad_by_freq and sparse, which are the gradient's alone
 //   embedding_backward  grad_output [..., D], indices [...] -> the dense gradient [V, D], rows at padding_idx zero
 //
-// padding_idx is -1 (none) or in [0, V). Under torch.compile the forward becomes aten.embedding, which Inductor fuses
-// into what follows, and the backward stays our op, which Inductor could not improve on.
+// padding_idx is -1 (none) or in [0, V). scale_grad_by_freq divides a row of the gradient by the number of its indices;
+// sparse makes the gradient a sparse tensor, coalesced (sparse.cpp). Both together are ATen's error. Under
+// torch.compile the forward becomes aten.embedding, which Inductor fuses into what follows, and the backward stays our
+// op, which Inductor could not improve on.
 #include "embedding.h"
 
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/embedding_dense_backward.h>
+#include <ATen/ops/embedding_sparse_backward.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -53,19 +57,13 @@ Tensor lookup(const Tensor& weight, const Tensor& indices) {
   return run_forward(args, weight, indices) ? output : Tensor();
 }
 
-Tensor lookup_backward(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings, int64_t padding_idx) {
-  const auto scalar = scalar_type(grad_output.scalar_type());
-  if (!scalar) {
-    return {};
-  }
-  const int64_t embedding_dim = grad_output.size(-1);
-  Tensor grad_weight = at::empty({num_embeddings, embedding_dim}, grad_output.options());
-
-  const Rows grad_rows = as_rows(grad_output);
-  const IndexRows index_rows = as_index_rows(indices, /*last_is_table=*/false);
-  const FeTable table{num_embeddings, embedding_dim, /*weight_offset=*/0, /*weight_stride=*/embedding_dim, padding_idx};
-  FeBackwardArgs args{};
-  args.scalar_type = *scalar;
+OneTableBackward::OneTableBackward(FeScalarType scalar, const Tensor& grad_output, const Tensor& indices,
+                                   int64_t num_embeddings, int64_t padding_idx)
+    : grad_rows(as_rows(grad_output)),
+      index_rows(as_index_rows(indices, /*last_is_table=*/false)),
+      table{num_embeddings, grad_output.size(-1), /*weight_offset=*/0, /*weight_stride=*/grad_output.size(-1),
+            padding_idx} {
+  args.scalar_type = scalar;
   args.index_type = index_rows.type;
   args.num_tables = 1;
   args.tables = &table;
@@ -75,10 +73,21 @@ Tensor lookup_backward(const Tensor& grad_output, const Tensor& indices, int64_t
   args.index_table_stride = index_rows.table_stride;
   args.grad_output = grad_rows.storage.const_data_ptr();
   args.grad_output_stride = grad_rows.stride;
-  args.grad_weight = grad_weight.mutable_data_ptr();
-  args.grad_weight_numel = grad_weight.numel();
   args.deterministic = at::globalContext().deterministicAlgorithms();
-  return run_backward(args, grad_output, indices) ? grad_weight : Tensor();
+}
+
+Tensor lookup_backward(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings, int64_t padding_idx,
+                       bool scale_grad_by_freq) {
+  const auto scalar = scalar_type(grad_output.scalar_type());
+  if (!scalar) {
+    return {};
+  }
+  Tensor grad_weight = at::empty({num_embeddings, grad_output.size(-1)}, grad_output.options());
+  OneTableBackward call(*scalar, grad_output, indices, num_embeddings, padding_idx);
+  call.args.grad_weight = grad_weight.mutable_data_ptr();
+  call.args.grad_weight_numel = grad_weight.numel();
+  call.args.scale_grad_by_freq = scale_grad_by_freq;
+  return run_backward(call.args, grad_output, indices) ? grad_weight : Tensor();
 }
 
 namespace {
@@ -94,30 +103,33 @@ Tensor call_embedding(const Tensor& weight, const Tensor& indices, int64_t paddi
 }
 
 Tensor call_embedding_backward(const Tensor& grad_output, const Tensor& indices, c10::SymInt num_embeddings,
-                               int64_t padding_idx) {
+                               int64_t padding_idx, bool scale_grad_by_freq) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fast_embedding::embedding_backward", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, c10::SymInt, int64_t)>();
-  return op.call(grad_output, indices, std::move(num_embeddings), padding_idx);
+                             .typed<Tensor(const Tensor&, const Tensor&, c10::SymInt, int64_t, bool)>();
+  return op.call(grad_output, indices, std::move(num_embeddings), padding_idx, scale_grad_by_freq);
 }
 
-Tensor aten_embedding(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
-  return at::embedding(weight, indices, padding_idx, /*scale_grad_by_freq=*/false, /*sparse=*/false);
+Tensor aten_embedding(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
+                      bool sparse) {
+  return at::embedding(weight, indices, padding_idx, scale_grad_by_freq, sparse);
 }
 
 Tensor aten_embedding_backward(const Tensor& grad_output, const Tensor& indices, c10::SymInt num_embeddings,
-                               int64_t padding_idx) {
+                               int64_t padding_idx, bool scale_grad_by_freq) {
   return at::embedding_dense_backward_symint(grad_output, indices, std::move(num_embeddings), padding_idx,
-                                             /*scale_grad_by_freq=*/false);
+                                             scale_grad_by_freq);
 }
 
 // ---- CPU and CUDA -------------------------------------------------------------------------------------------------
 
-Tensor embedding_dense(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
+// What the flags ask for is the gradient's alone.
+Tensor embedding_dense(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
+                       bool sparse) {
   TORCH_CHECK(weight.dim() == 2, "weight must be 2-D, got ", weight.dim(), "-D");
   check_indices(indices, weight, "weight");
   Tensor output = lookup(weight, indices);
-  return output.defined() ? output : aten_embedding(weight, indices, padding_idx);
+  return output.defined() ? output : aten_embedding(weight, indices, padding_idx, scale_grad_by_freq, sparse);
 }
 
 void check_backward(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings, int64_t padding_idx) {
@@ -131,65 +143,120 @@ void check_backward(const Tensor& grad_output, const Tensor& indices, int64_t nu
 }
 
 Tensor embedding_backward_dense(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings,
-                                int64_t padding_idx) {
+                                int64_t padding_idx, bool scale_grad_by_freq) {
   check_backward(grad_output, indices, num_embeddings, padding_idx);
-  Tensor grad_weight = lookup_backward(grad_output, indices, num_embeddings, padding_idx);
-  return grad_weight.defined() ? grad_weight
-                               : aten_embedding_backward(grad_output, indices, num_embeddings, padding_idx);
+  Tensor grad_weight = lookup_backward(grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq);
+  return grad_weight.defined()
+             ? grad_weight
+             : aten_embedding_backward(grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq);
 }
 
 // ---- Meta (the forward's is ATen's own, through CompositeExplicitAutograd) ----------------------------------------
 
 Tensor embedding_backward_meta(const Tensor& grad_output, const Tensor& /*indices*/, c10::SymInt num_embeddings,
-                               int64_t /*padding_idx*/) {
+                               int64_t /*padding_idx*/, bool /*scale_grad_by_freq*/) {
   return at::empty_symint({std::move(num_embeddings), grad_output.sym_size(-1)}, grad_output.options());
 }
 
 // ---- Autograd -----------------------------------------------------------------------------------------------------
 
-Tensor embedding_below_autograd(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
+Tensor embedding_below_autograd(const Tensor& weight, const Tensor& indices, int64_t padding_idx,
+                                bool scale_grad_by_freq, bool sparse) {
   if (is_traced(weight, indices)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return aten_embedding(weight, indices, padding_idx);
+    return aten_embedding(weight, indices, padding_idx, scale_grad_by_freq, sparse);
   }
-  return embedding_dense(weight, indices, padding_idx);
+  return embedding_dense(weight, indices, padding_idx, scale_grad_by_freq, sparse);
 }
 
 Tensor embedding_backward_below_autograd(const Tensor& grad_output, const Tensor& indices, c10::SymInt num_embeddings,
-                                         int64_t padding_idx) {
+                                         int64_t padding_idx, bool scale_grad_by_freq) {
   if (is_traced(grad_output, indices)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return call_embedding_backward(grad_output, indices, std::move(num_embeddings), padding_idx);
+    return call_embedding_backward(grad_output, indices, std::move(num_embeddings), padding_idx, scale_grad_by_freq);
   }
-  return embedding_backward_dense(grad_output, indices, num_embeddings.expect_int(), padding_idx);
+  return embedding_backward_dense(grad_output, indices, num_embeddings.expect_int(), padding_idx, scale_grad_by_freq);
 }
+
+/// ATen's own where the call is recorded, or where the gradient has a graph: its rows are not summed, so that they can
+/// be derived from.
+Tensor embedding_sparse_backward(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings,
+                                 int64_t padding_idx) {
+  if (!needs_graph(grad_output) && !is_traced(grad_output, indices)) {
+    check_backward(grad_output, indices, num_embeddings, padding_idx);
+    Tensor gradient = lookup_sparse_backward(grad_output, indices, num_embeddings, padding_idx);
+    if (gradient.defined()) {
+      keep_coalesced(gradient);
+      return gradient;
+    }
+  }
+  return at::embedding_sparse_backward(grad_output, indices, num_embeddings, padding_idx, /*scale_grad_by_freq=*/false);
+}
+
+/// What a lookup keeps for its backward. An entry costs 0.1 us of the 2 to 3 us of a small lookup, so defaults have
+/// none.
+struct Options {
+  int64_t padding_idx = -1;
+  bool scale_grad_by_freq = false;
+  bool sparse = false;
+
+  void save(AutogradContext* ctx) const {
+    if (padding_idx >= 0) {
+      ctx->saved_data["padding_idx"] = padding_idx;
+    }
+    if (scale_grad_by_freq) {
+      ctx->saved_data["scale_grad_by_freq"] = true;
+    }
+    if (sparse) {
+      ctx->saved_data["sparse"] = true;
+    }
+  }
+
+  static Options saved(const AutogradContext* ctx) {
+    Options options;
+    for (const auto& [name, value] : ctx->saved_data) {
+      if (name == "padding_idx") {
+        options.padding_idx = value.toInt();
+      } else if (name == "scale_grad_by_freq") {
+        options.scale_grad_by_freq = true;
+      } else if (name == "sparse") {
+        options.sparse = true;
+      }
+    }
+    return options;
+  }
+};
 
 struct EmbeddingFunction : torch::autograd::Function<EmbeddingFunction> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& weight, const Tensor& indices, int64_t padding_idx,
+                        bool scale_grad_by_freq, bool sparse) {
     ctx->save_for_backward({indices});
     ctx->saved_data["num_embeddings"] = weight.sym_size(0);
-    if (padding_idx >= 0) {  // an entry costs 0.1 us of the 2 to 3 us of a small lookup
-      ctx->saved_data["padding_idx"] = padding_idx;
-    }
-    return embedding_below_autograd(weight, indices, padding_idx);
+    Options{padding_idx, scale_grad_by_freq, sparse}.save(ctx);
+    return embedding_below_autograd(weight, indices, padding_idx, scale_grad_by_freq, sparse);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Tensor& grad_output = grads[0];
-    if (!grad_output.defined()) {
-      return {Tensor(), Tensor(), Tensor()};
+    Tensor grad_weight;
+    if (grad_output.defined()) {
+      const Tensor indices = ctx->get_saved_variables()[0];
+      c10::SymInt num_embeddings = ctx->saved_data["num_embeddings"].toSymInt();
+      const Options options = Options::saved(ctx);
+      if (options.sparse) {
+        grad_weight = embedding_sparse_backward(grad_output, indices, num_embeddings.guard_int(__FILE__, __LINE__),
+                                                options.padding_idx);
+      } else if (needs_graph(grad_output) || is_traced(grad_output, indices)) {
+        grad_weight = call_embedding_backward(grad_output, indices, std::move(num_embeddings), options.padding_idx,
+                                              options.scale_grad_by_freq);
+      } else {  // the common case spares itself the dispatcher
+        grad_weight = embedding_backward_dense(grad_output, indices, num_embeddings.expect_int(), options.padding_idx,
+                                               options.scale_grad_by_freq);
+      }
     }
-    const Tensor indices = ctx->get_saved_variables()[0];
-    c10::SymInt num_embeddings = ctx->saved_data["num_embeddings"].toSymInt();
-    const auto saved_padding_idx = ctx->saved_data.find("padding_idx");
-    const int64_t padding_idx = saved_padding_idx == ctx->saved_data.end() ? -1 : saved_padding_idx->second.toInt();
-    // The common case spares itself the dispatcher.
-    Tensor grad_weight = needs_graph(grad_output) || is_traced(grad_output, indices)
-                             ? call_embedding_backward(grad_output, indices, std::move(num_embeddings), padding_idx)
-                             : embedding_backward_dense(grad_output, indices, num_embeddings.expect_int(), padding_idx);
-    return {std::move(grad_weight), Tensor(), Tensor()};
+    return {std::move(grad_weight), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -197,13 +264,15 @@ struct EmbeddingBackwardFunction : torch::autograd::Function<EmbeddingBackwardFu
   static constexpr bool is_traceable = true;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& indices,
-                        c10::SymInt num_embeddings, int64_t padding_idx) {
+                        c10::SymInt num_embeddings, int64_t padding_idx, bool scale_grad_by_freq) {
     ctx->save_for_backward({indices});
     ctx->saved_data["padding_idx"] = padding_idx;
-    return embedding_backward_below_autograd(grad_output, indices, std::move(num_embeddings), padding_idx);
+    return embedding_backward_below_autograd(grad_output, indices, std::move(num_embeddings), padding_idx,
+                                             scale_grad_by_freq);
   }
 
-  // The backward is linear in grad_output; its transpose looks the incoming gradient up, padding rows read as zero.
+  // The backward is linear in grad_output; its transpose looks the incoming gradient up, padding rows read as zero. Not
+  // divided by frequencies: ATen's double backward leaves them out, and what it gives is given here.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     Tensor grad;
     if (grads[0].defined()) {
@@ -214,58 +283,69 @@ struct EmbeddingBackwardFunction : torch::autograd::Function<EmbeddingBackwardFu
         grad = grad.masked_fill(indices.eq(padding_idx).unsqueeze(-1), 0);
       }
     }
-    return {std::move(grad), Tensor(), Tensor(), Tensor()};
+    return {std::move(grad), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR <= 15
 /// EmbeddingFunction::apply() where nothing records the call: the same node for the same backward. Without what serves
 /// any Function's outputs (views, inputs returned, tensors changed in place) a small lookup takes 0.4 us of 3.7 less.
-Tensor apply_untraced(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
+Tensor apply_untraced(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
+                      bool sparse) {
   using Node = torch::autograd::CppNode<EmbeddingFunction>;
 #if TORCH_VERSION_MINOR >= 13
   const auto node = c10::make_intrusive<Node>();
 #else
   const std::shared_ptr<Node> node(new Node, torch::autograd::deleteNode);
 #endif
-  node->is_variable_input_ = {true, true, false};
+  node->is_variable_input_ = {true, true, false, false, false};
   node->set_ctx_grad_fn(node);
   node->set_next_edges(torch::autograd::collect_next_edges(weight, indices));
   node->ctx_.set_materialize_grads(false);  // no output_info_, then; backward() takes an undefined gradient
   Tensor output;
   {
     const torch::autograd::AutoGradMode no_grad(false);
-    output = EmbeddingFunction::forward(&node->ctx_, weight, indices, padding_idx);
+    output = EmbeddingFunction::forward(&node->ctx_, weight, indices, padding_idx, scale_grad_by_freq, sparse);
   }
   torch::autograd::set_history(output, node);
   node->save_variables_to_ctx();
   return output;
 }
 #else  // a torch whose nodes may be built otherwise
-Tensor apply_untraced(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
-  return EmbeddingFunction::apply(weight, indices, padding_idx);
+Tensor apply_untraced(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
+                      bool sparse) {
+  return EmbeddingFunction::apply(weight, indices, padding_idx, scale_grad_by_freq, sparse);
 }
 #endif
 
-Tensor embedding_autograd(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
-  if (is_left_to_aten(weight)) {
-    return aten_embedding(weight, indices, padding_idx);
+Tensor embedding_autograd(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
+                          bool sparse) {
+  if (is_left_to_aten(weight) || (sparse && (scale_grad_by_freq || is_traced(weight, indices)))) {
+    return aten_embedding(weight, indices, padding_idx, scale_grad_by_freq, sparse);
   }
   if (!needs_graph(weight)) {
-    return embedding_below_autograd(weight, indices, padding_idx);
+    return embedding_below_autograd(weight, indices, padding_idx, scale_grad_by_freq, sparse);
   }
-  return is_traced(weight, indices) ? EmbeddingFunction::apply(weight, indices, padding_idx)
-                                    : apply_untraced(weight, indices, padding_idx);
+  return is_traced(weight, indices) ? EmbeddingFunction::apply(weight, indices, padding_idx, scale_grad_by_freq, sparse)
+                                    : apply_untraced(weight, indices, padding_idx, scale_grad_by_freq, sparse);
 }
 
 Tensor embedding_backward_autograd(const Tensor& grad_output, const Tensor& indices, c10::SymInt num_embeddings,
-                                   int64_t padding_idx) {
+                                   int64_t padding_idx, bool scale_grad_by_freq) {
   if (is_left_to_aten(grad_output)) {
-    return aten_embedding_backward(grad_output, indices, std::move(num_embeddings), padding_idx);
+    return aten_embedding_backward(grad_output, indices, std::move(num_embeddings), padding_idx, scale_grad_by_freq);
   }
-  return needs_graph(grad_output)
-             ? EmbeddingBackwardFunction::apply(grad_output, indices, std::move(num_embeddings), padding_idx)
-             : embedding_backward_below_autograd(grad_output, indices, std::move(num_embeddings), padding_idx);
+  return needs_graph(grad_output) ? EmbeddingBackwardFunction::apply(grad_output, indices, std::move(num_embeddings),
+                                                                     padding_idx, scale_grad_by_freq)
+                                  : embedding_backward_below_autograd(grad_output, indices, std::move(num_embeddings),
+                                                                      padding_idx, scale_grad_by_freq);
+}
+
+/// embedding by what does embedding.options. Two operators, because two arguments more cost a small lookup 0.25 us
+/// of 3.
+template <Tensor (*implementation)(const Tensor&, const Tensor&, int64_t, bool, bool)>
+Tensor without_options(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
+  return implementation(weight, indices, padding_idx, /*scale_grad_by_freq=*/false, /*sparse=*/false);
 }
 
 }  // namespace
@@ -273,23 +353,32 @@ Tensor embedding_backward_autograd(const Tensor& grad_output, const Tensor& indi
 
 TORCH_LIBRARY_FRAGMENT(fast_embedding, m) {
   m.def("embedding(Tensor weight, Tensor indices, int padding_idx=-1) -> Tensor", {at::Tag::pt2_compliant_tag});
-  m.def("embedding_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, int padding_idx=-1) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "embedding.options(Tensor weight, Tensor indices, int padding_idx, bool scale_grad_by_freq, bool sparse=False) "
+      "-> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "embedding_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, int padding_idx=-1, "
+      "bool scale_grad_by_freq=False) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(fast_embedding, Autograd, m) {
-  m.impl("embedding", fast_embedding::embedding_autograd);
+  m.impl("embedding", fast_embedding::without_options<fast_embedding::embedding_autograd>);
+  m.impl("embedding.options", fast_embedding::embedding_autograd);
   m.impl("embedding_backward", fast_embedding::embedding_backward_autograd);
 }
 
 // Inference tensors arrive here without passing Autograd.
 TORCH_LIBRARY_IMPL(fast_embedding, CPU, m) {
-  m.impl("embedding", fast_embedding::embedding_dense);
+  m.impl("embedding", fast_embedding::without_options<fast_embedding::embedding_dense>);
+  m.impl("embedding.options", fast_embedding::embedding_dense);
   m.impl("embedding_backward", fast_embedding::embedding_backward_dense);
 }
 
 TORCH_LIBRARY_IMPL(fast_embedding, CUDA, m) {
-  m.impl("embedding", fast_embedding::embedding_dense);
+  m.impl("embedding", fast_embedding::without_options<fast_embedding::embedding_dense>);
+  m.impl("embedding.options", fast_embedding::embedding_dense);
   m.impl("embedding_backward", fast_embedding::embedding_backward_dense);
 }
 
@@ -297,11 +386,13 @@ TORCH_LIBRARY_IMPL(fast_embedding, Meta, m) { m.impl("embedding_backward", fast_
 
 // Other devices, and batched tensors (torch.func.vmap): ATen has rules for them.
 TORCH_LIBRARY_IMPL(fast_embedding, CompositeExplicitAutograd, m) {
-  m.impl("embedding", fast_embedding::aten_embedding);
+  m.impl("embedding", fast_embedding::without_options<fast_embedding::aten_embedding>);
+  m.impl("embedding.options", fast_embedding::aten_embedding);
   m.impl("embedding_backward", fast_embedding::aten_embedding_backward);
 }
 
 TORCH_LIBRARY_IMPL(fast_embedding, FuncTorchBatched, m) {
-  m.impl("embedding", fast_embedding::aten_embedding);
+  m.impl("embedding", fast_embedding::without_options<fast_embedding::aten_embedding>);
+  m.impl("embedding.options", fast_embedding::aten_embedding);
   m.impl("embedding_backward", fast_embedding::aten_embedding_backward);
 }

@@ -53,11 +53,12 @@ Tensor embedding(const Tensor& weight, const Tensor& indices, c10::SymInt paddin
 
 Tensor embedding_dense_backward(const Tensor& grad_output, const Tensor& indices, int64_t num_weights,
                                 int64_t padding_idx, bool scale_grad_by_freq) {
-  if (is_enabled() && !scale_grad_by_freq && num_weights >= 0 && has_plain_indices(indices, grad_output) &&
+  if (is_enabled() && num_weights >= 0 && has_plain_indices(indices, grad_output) &&
       grad_output.dim() == indices.dim() + 1 && grad_output.sizes().slice(0, indices.dim()) == indices.sizes()) {
     // ATen lets any number be padding_idx; one that is no row is never met.
     const bool has_padding = padding_idx >= 0 && padding_idx < num_weights;
-    Tensor grad_weight = lookup_backward(grad_output, indices, num_weights, has_padding ? padding_idx : -1);
+    Tensor grad_weight =
+        lookup_backward(grad_output, indices, num_weights, has_padding ? padding_idx : -1, scale_grad_by_freq);
     if (grad_weight.defined()) {
       return grad_weight;
     }

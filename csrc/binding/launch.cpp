@@ -126,21 +126,35 @@ class Workspace {
   void* data_ = &bytes_;  // never null: that would be a size query
 };
 
+/// Threads and errors of one call of the CPU's kernels.
+class CpuCall {
+ public:
+  const FeCpuContext* context() const { return &context_; }
+
+  /// False where the kernel refuses the sizes.
+  bool check(FeStatus status, int64_t num_tables, const Tensor& indices) const {
+    TORCH_CHECK_INDEX(status != FE_INDEX_OUT_OF_RANGE, describe(error_, num_tables, indices.sizes()));
+    TORCH_CHECK(status == FE_OK || status == FE_UNSUPPORTED, "fast_embedding: the CPU kernel failed, status ",
+                static_cast<int>(status));
+    return status == FE_OK;
+  }
+
+ private:
+  FeIndexError error_{};
+  const FeCpuContext context_{parallel_for, at::in_parallel_region() ? 1 : at::get_num_threads(), &error_};
+};
+
 template <typename Args>
 bool run_cpu(FeStatus (*kernel)(const Args*, void*, size_t*, const FeCpuContext*), const Args& args, const Tensor& like,
              const Tensor& indices) {
-  FeIndexError error{};
-  const FeCpuContext context{parallel_for, at::in_parallel_region() ? 1 : at::get_num_threads(), &error};
+  CpuCall call;
   size_t bytes = 0;
-  FeStatus status = kernel(&args, nullptr, &bytes, &context);
+  FeStatus status = kernel(&args, nullptr, &bytes, call.context());
   if (status == FE_OK) {
     Workspace workspace(bytes, like);
-    status = kernel(&args, workspace.data(), workspace.bytes(), &context);
+    status = kernel(&args, workspace.data(), workspace.bytes(), call.context());
   }
-  TORCH_CHECK_INDEX(status != FE_INDEX_OUT_OF_RANGE, describe(error, args.num_tables, indices.sizes()));
-  TORCH_CHECK(status == FE_OK || status == FE_UNSUPPORTED, "fast_embedding: the CPU kernel failed, status ",
-              static_cast<int>(status));
-  return status == FE_OK;
+  return call.check(status, args.num_tables, indices);
 }
 
 bool check_cuda(FeStatus status, const CudaKernels& kernels) {
@@ -161,6 +175,16 @@ bool run_cuda(FeStatus (*kernel)(const Args*, void*, size_t*, void*), const Cuda
   }
   Workspace workspace(bytes, like);
   return check_cuda(kernel(&args, workspace.data(), workspace.bytes(), stream), kernels);
+}
+
+/// Memory for the rows counted. The arguments point to the values.
+SparseRows make_sparse_rows(FeBackwardArgs& args, int64_t count, const Tensor& like) {
+  const int64_t embedding_dim = args.tables[0].embedding_dim;
+  SparseRows made{at::empty({1, count}, like.options().dtype(at::kLong)),
+                  at::empty({count, embedding_dim}, like.options())};
+  args.grad_weight = made.values.mutable_data_ptr();
+  args.grad_weight_numel = count * embedding_dim;
+  return made;
 }
 
 }  // namespace
@@ -239,6 +263,41 @@ bool run_backward(const FeBackwardArgs& args, const Tensor& like, const Tensor& 
   }
   const CudaKernels& kernels = cuda_kernels();
   return run_cuda(kernels.backward, kernels, args, like);
+}
+
+std::optional<SparseRows> run_sparse_backward(FeBackwardArgs args, const Tensor& like, const Tensor& indices) {
+  size_t bytes = 0;
+  if (like.is_cpu()) {
+    const CpuKernels& kernels = cpu_kernels();
+    CpuCall call;
+    if (!call.check(kernels.sparse_count(&args, nullptr, nullptr, &bytes, call.context()), 1, indices)) {
+      return std::nullopt;
+    }
+    Workspace workspace(bytes, like);
+    int64_t count = 0;
+    call.check(kernels.sparse_count(&args, &count, workspace.data(), workspace.bytes(), call.context()), 1, indices);
+    SparseRows made = make_sparse_rows(args, count, like);
+    call.check(kernels.sparse_backward(&args, count, made.rows.mutable_data_ptr<int64_t>(), workspace.data(),
+                                       workspace.bytes(), call.context()),
+               1, indices);
+    return made;
+  }
+  const CudaKernels& kernels = cuda_kernels();
+  const c10::DeviceGuard guard(like.device());
+  void* stream = current_stream(like.device());
+  if (!check_cuda(kernels.sparse_count(nullptr, &args, nullptr, nullptr, &bytes, stream), kernels)) {
+    return std::nullopt;
+  }
+  Workspace workspace(bytes, like);
+  const Tensor count = at::empty({1}, like.options().dtype(at::kLong));
+  check_cuda(kernels.sparse_count(nullptr, &args, count.mutable_data_ptr<int64_t>(), workspace.data(),
+                                  workspace.bytes(), stream),
+             kernels);
+  const int64_t num_rows = count.item<int64_t>();
+  SparseRows made = make_sparse_rows(args, num_rows, like);
+  const FeStatus status = kernels.sparse_backward(nullptr, &args, num_rows, made.rows.mutable_data_ptr<int64_t>(),
+                                                  workspace.data(), workspace.bytes(), stream);
+  return check_cuda(status, kernels) ? std::make_optional(std::move(made)) : std::nullopt;
 }
 
 }  // namespace fast_embedding

@@ -39,4 +39,14 @@ IndexRows as_index_rows(const at::Tensor& indices, bool last_is_table);
 bool run_forward(const FeForwardArgs& args, const at::Tensor& like, const at::Tensor& indices);
 bool run_backward(const FeBackwardArgs& args, const at::Tensor& like, const at::Tensor& indices);
 
+/// The rows that one table's lookups name, int64 [1, count], ascending, and the sum of each, [count, D].
+struct SparseRows {
+  at::Tensor rows;
+  at::Tensor values;
+};
+
+/// The sparse gradient; args as for run_backward(), with no grad_weight. On CUDA the host waits for the count. nullopt
+/// where run_backward() is false, and while a CUDA graph is captured.
+std::optional<SparseRows> run_sparse_backward(FeBackwardArgs args, const at::Tensor& like, const at::Tensor& indices);
+
 }  // namespace fast_embedding

@@ -54,13 +54,19 @@ void* open(const char* path, const char* version_symbol) {
 void load(const std::string& device_type, const char* path) {
   if (device_type == "cpu" && cpu_slot.kernels == nullptr) {
     void* library = open(path, "fe_cpu_abi_version");
-    cpu_slot.kernels = new CpuKernels{symbol<decltype(CpuKernels::forward)>(library, "fe_cpu_embedding_forward"),
-                                      symbol<decltype(CpuKernels::backward)>(library, "fe_cpu_embedding_backward")};
+    cpu_slot.kernels =
+        new CpuKernels{symbol<decltype(CpuKernels::forward)>(library, "fe_cpu_embedding_forward"),
+                       symbol<decltype(CpuKernels::backward)>(library, "fe_cpu_embedding_backward"),
+                       symbol<decltype(CpuKernels::sparse_count)>(library, "fe_cpu_embedding_sparse_count"),
+                       symbol<decltype(CpuKernels::sparse_backward)>(library, "fe_cpu_embedding_sparse_backward")};
   } else if (device_type == "cuda" && cuda_slot.kernels == nullptr) {
     void* library = open(path, "fe_cuda_abi_version");
-    cuda_slot.kernels = new CudaKernels{symbol<decltype(CudaKernels::forward)>(library, "fe_cuda_embedding_forward"),
-                                        symbol<decltype(CudaKernels::backward)>(library, "fe_cuda_embedding_backward"),
-                                        symbol<decltype(CudaKernels::last_error)>(library, "fe_cuda_last_error")};
+    cuda_slot.kernels =
+        new CudaKernels{symbol<decltype(CudaKernels::forward)>(library, "fe_cuda_embedding_forward"),
+                        symbol<decltype(CudaKernels::backward)>(library, "fe_cuda_embedding_backward"),
+                        symbol<decltype(CudaKernels::sparse_count)>(library, "fe_cuda_embedding_sparse_count"),
+                        symbol<decltype(CudaKernels::sparse_backward)>(library, "fe_cuda_embedding_sparse_backward"),
+                        symbol<decltype(CudaKernels::last_error)>(library, "fe_cuda_last_error")};
   }
 }
 

@@ -9,12 +9,16 @@ namespace fast_embedding {
 struct CpuKernels {
   decltype(&fe_cpu_embedding_forward) forward;
   decltype(&fe_cpu_embedding_backward) backward;
+  decltype(&fe_cpu_embedding_sparse_count) sparse_count;
+  decltype(&fe_cpu_embedding_sparse_backward) sparse_backward;
 };
 
 /// Entry points of libfast_embedding_cuda.so.
 struct CudaKernels {
   decltype(&fe_cuda_embedding_forward) forward;
   decltype(&fe_cuda_embedding_backward) backward;
+  decltype(&fe_cuda_embedding_sparse_count) sparse_count;
+  decltype(&fe_cuda_embedding_sparse_backward) sparse_backward;
   decltype(&fe_cuda_last_error) last_error;
 };
 

@@ -13,6 +13,8 @@
 //              each row that ends in it, rows without lookups as zeros, so every row is written once and threads stay
 //              balanced both under hot rows and under empty stretches. The cut is that of Merrill and Garland's
 //              merge-based SpMV (SC 2016). A run over several segments leaves partial sums, added in a last step.
+//              All of scale_grad_by_freq, for the list tells how often a row occurs; and the sparse gradient, which is
+//              that of a table of the rows that occur: the rows in the list are replaced by their numbers.
 
 #include <algorithm>
 #include <cstring>
@@ -108,7 +110,7 @@ class Backward {
         const SortedPlan plan = plan_sorted(group);
         if (!plan.partition.supported) status = FE_UNSUPPORTED;
         *bytes = std::max(*bytes, SortedWorkspace(plan, group.columns, nullptr).bytes);
-        if (may_add_to_one_copy(group)) {
+        if (!is_scaled() && may_add_to_one_copy(group)) {
           *bytes = std::max(*bytes, static_cast<size_t>(plan_private(group).block_stride) * sizeof(acc_t));
         }
       }
@@ -138,7 +140,9 @@ class Backward {
           }
           break;
         case Strategy::kSorted:
-          if (may_add_in_place(member)) {
+          if (is_scaled()) {
+            run_sorted(group, workspace, member);
+          } else if (may_add_in_place(member)) {
             run_in_place(group, member);
           } else if (is_alone(member) && may_add_to_one_copy(group)) {
             run_private(group, workspace, member);
@@ -150,6 +154,61 @@ class Backward {
     });
   }
 
+  // ---- The sparse gradient, of the only table --------------------------------------------------------------------
+
+  FeStatus sparse_workspace_bytes(int64_t num_embeddings, size_t* bytes) const {
+    const SortedPlan plan = plan_sparse(num_embeddings);
+    *bytes = SortedWorkspace(plan, only_table().columns, nullptr).bytes;
+    return plan.partition.supported ? FE_OK : FE_UNSUPPORTED;
+  }
+
+  // Programs of a team. The first sorts and counts the rows, the second, of a `Backward` whose table has the rows
+  // counted instead of num_embeddings, sums.
+  void run_sparse_count(int64_t* count, void* workspace, Team::Member& member, std::atomic<bool>* bad_index) const {
+    const FeTable& table = args_.tables[0];
+    check_indices(indices_, args_.num_rows, &table, 1, member, bad_index);
+    if (bad_index->load(std::memory_order_relaxed)) return;
+    const SortedPlan plan = plan_sparse(table.num_embeddings);
+    const SortedWorkspace space(plan, only_table().columns, static_cast<char*>(workspace));
+    const Partition partition =
+        partition_by_row(plan.partition, indices_, 0, table.padding_idx, space.partition, member);
+    member.for_each(plan.partition.num_blocks, [&](int64_t block) {
+      const Keys keys(plan.partition, partition, block);
+      KeyBlock& state = space.blocks[block];
+      state = {keys.begin == 0 ? -1 : plan.partition.row_of(partition.keys[keys.begin - 1]), 0};
+      int64_t row = state.row_before;
+      for (int64_t i = keys.begin; i < keys.end; ++i) {
+        const int64_t next = plan.partition.row_of(partition.keys[i]);
+        state.rows += next != row;
+        row = next;
+      }
+    });
+    member.once([&] {
+      *count = 0;
+      for (int64_t block = 0; block < plan.partition.num_blocks; ++block) *count += space.blocks[block].rows;
+    });
+  }
+
+  void run_sparse(int64_t num_embeddings, int64_t* rows, void* workspace, Team::Member& member) const {
+    const SortedPlan plan = plan_sparse(num_embeddings);
+    const SortedWorkspace space(plan, only_table().columns, static_cast<char*>(workspace));
+    const Partition partition = partition_in(plan.partition, space.partition);
+    member.for_each(plan.partition.num_blocks, [&](int64_t block) {
+      const Keys keys(plan.partition, partition, block);
+      int64_t row = space.blocks[block].row_before;
+      int64_t number = -1;
+      for (int64_t earlier = 0; earlier < block; ++earlier) number += space.blocks[earlier].rows;
+      for (int64_t i = keys.begin; i < keys.end; ++i) {
+        uint64_t& key = partition.keys[i];
+        const int64_t next = plan.partition.row_of(key);
+        if (next != row) rows[++number] = next;
+        row = next;
+        key = static_cast<uint64_t>(number) << plan.partition.position_bits | (key & plan.partition.position_mask());
+      }
+    });
+    if (only_table().columns > 0) sum_sorted(only_table(), plan, space, partition, member);
+  }
+
   // What is read and written at least.
   int64_t traffic_bytes() const {
     return args_.num_rows * args_.num_tables * static_cast<int64_t>(sizeof(int64_t)) +
@@ -157,6 +216,21 @@ class Backward {
   }
 
  private:
+  // A block of sorted keys: the row of the key before it (-1 for none), and how many rows begin in it.
+  struct KeyBlock {
+    int64_t row_before;
+    int64_t rows;
+  };
+
+  struct Keys {
+    Keys(const PartitionPlan& plan, const Partition& partition, int64_t block) {
+      const int64_t length = divide_up(*partition.count, plan.num_blocks);
+      begin = std::min(block * length, *partition.count);
+      end = std::min(begin + length, *partition.count);
+    }
+    int64_t begin, end;
+  };
+
   // Partial sums of a sorted table. Segment s has two rows: in `heads` the end of a run that began in an earlier
   // segment, in `tails` the beginning of one that goes on in the next.
   struct SortedWorkspace {
@@ -168,13 +242,15 @@ class Backward {
       };
       const auto rows = static_cast<size_t>(plan.num_segments * dim) * sizeof(acc_t);
       partition = place(plan.partition.workspace_bytes());
+      blocks = reinterpret_cast<KeyBlock*>(place(static_cast<size_t>(plan.partition.num_blocks) * sizeof(KeyBlock)));
       starts = reinterpret_cast<int64_t*>(place(static_cast<size_t>(plan.num_segments + 1) * sizeof(int64_t)));
       heads = reinterpret_cast<acc_t*>(place(rows));
       tails = reinterpret_cast<acc_t*>(place(rows));
     }
     size_t bytes = 0;
     void* partition;
-    int64_t* starts;  // first key of each segment, and the number of keys
+    KeyBlock* blocks;  // of the sparse gradient
+    int64_t* starts;   // first key of each segment, and the number of keys
     acc_t* heads;
     acc_t* tails;
   };
@@ -204,7 +280,8 @@ class Backward {
       for (; group.last_table < args_.num_tables; ++group.last_table) {
         const FeTable& table = args_.tables[group.last_table];
         const bool first = group.last_table == group.first_table;
-        const Strategy strategy = in_place                                        ? Strategy::kInPlace
+        const Strategy strategy = is_scaled() && table.embedding_dim > 0          ? Strategy::kSorted
+                                  : in_place                                      ? Strategy::kInPlace
                                   : suits_private(table, first ? 0 : group.numel) ? Strategy::kPrivate
                                                                                   : Strategy::kSorted;
         if (!first && (strategy == Strategy::kSorted || strategy != group.strategy)) break;
@@ -215,6 +292,12 @@ class Backward {
       visit(group);
     }
   }
+
+  Group only_table() const {
+    return {0, 1, 0, args_.tables[0].embedding_dim, numel_of(args_.tables[0]), Strategy::kSorted};
+  }
+
+  bool is_scaled() const { return args_.scale_grad_by_freq != 0; }
 
   // Beside tables of `other_numel` elements in the same group.
   bool suits_private(const FeTable& table, int64_t other_numel) const {
@@ -246,12 +329,22 @@ class Backward {
   }
 
   SortedPlan plan_sorted(const Group& group) const {
-    const FeTable& table = args_.tables[group.first_table];
+    const int64_t num_embeddings = args_.tables[group.first_table].num_embeddings;
+    return plan_sorted(num_embeddings, num_embeddings, group.columns);
+  }
+
+  // The same before the rows are counted and after: both programs of a sparse gradient find the workspace alike.
+  SortedPlan plan_sparse(int64_t num_embeddings) const {
+    return plan_sorted(num_embeddings, std::min(num_embeddings, args_.num_rows), only_table().columns);
+  }
+
+  // For indices below num_embeddings, and a gradient of gradient_rows.
+  SortedPlan plan_sorted(int64_t num_embeddings, int64_t gradient_rows, int64_t columns) const {
     SortedPlan plan{};
-    plan.partition = plan_partition(args_.num_rows, table.num_embeddings);
-    const int64_t dim = std::max<int64_t>(group.columns, 1);
+    plan.partition = plan_partition(args_.num_rows, num_embeddings);
+    const int64_t dim = std::max<int64_t>(columns, 1);
     const int64_t segment_items = std::max<int64_t>(kSegmentElements / dim, 1);
-    int64_t segments = (args_.num_rows + table.num_embeddings) / segment_items;
+    int64_t segments = (args_.num_rows + gradient_rows) / segment_items;
     segments = std::min(segments, partial_bytes(dim) / (2 * dim * static_cast<int64_t>(sizeof(acc_t))));
     plan.num_segments = std::clamp<int64_t>(segments, 1, kMaxSegments);
     return plan;
@@ -406,6 +499,13 @@ class Backward {
     const SortedWorkspace space(plan, group.columns, static_cast<char*>(workspace));
     const Partition partition =
         partition_by_row(plan.partition, indices_, group.first_table, table.padding_idx, space.partition, member);
+    sum_sorted(group, plan, space, partition, member);
+  }
+
+  // Writes every row of the table from keys that are there.
+  void sum_sorted(const Group& group, const SortedPlan& plan, const SortedWorkspace& space, const Partition& partition,
+                  Team::Member& member) const {
+    const FeTable& table = args_.tables[group.first_table];
     member.for_each(plan.num_segments, [&](int64_t segment) {
       const Segments segments(plan, table, partition);
       const int64_t begin = segments.begin(segment), end = segments.begin(segment + 1);
@@ -455,8 +555,10 @@ class Backward {
         sum(tail, key, run);
       } else if constexpr (std::is_same_v<scalar_t, acc_t>) {
         sum(target + next_row * dim, key, run);
+        if (is_scaled()) divide(target + next_row * dim, run, dim);
       } else {
         sum(tail, key, run);  // scratch until the last run
+        if (is_scaled()) divide(tail, run, dim);
         kernels.combine(target + next_row * dim, tail, nullptr, 0, 0, dim);
       }
       key += run;
@@ -490,8 +592,27 @@ class Backward {
     const bool has_head = first_key < *partition.count && keys_plan.row_of(partition.keys[first_key]) == row;
     const int64_t dim = table.embedding_dim;
     const auto kernels = grad_kernels(row_kernels_, dim, scalar_t{});
-    kernels.combine(grad_weight(table) + row * dim, space.tails + begin * dim, space.heads + (begin + 1) * dim, dim,
-                    segment - begin - 1 + (has_head ? 1 : 0), dim);
+    acc_t* first = space.tails + begin * dim;
+    const acc_t* rest = space.heads + (begin + 1) * dim;
+    int64_t rest_count = segment - begin - 1 + (has_head ? 1 : 0);
+    if (is_scaled()) {
+      for (int64_t i = 0; i < rest_count * dim; ++i) first[i % dim] += rest[i];
+      rest_count = 0;
+      divide(first, keys_of(keys_plan, partition, row), dim);
+    }
+    kernels.combine(grad_weight(table) + row * dim, first, rest, dim, rest_count, dim);
+  }
+
+  static int64_t keys_of(const PartitionPlan& plan, const Partition& partition, int64_t row) {
+    const uint64_t* keys = partition.keys;
+    const auto first_from = [&](int64_t wanted) {
+      return std::lower_bound(keys, keys + *partition.count, static_cast<uint64_t>(wanted) << plan.position_bits);
+    };
+    return first_from(row + 1) - first_from(row);
+  }
+
+  static void divide(acc_t* sum, int64_t count, int64_t dim) {
+    for (int64_t c = 0; c < dim; ++c) sum[c] /= static_cast<acc_t>(count);
   }
 
   const FeBackwardArgs& args_;
@@ -523,6 +644,79 @@ FeStatus run_backward(const FeBackwardArgs& args, void* workspace, size_t* works
   return FE_OK;
 }
 
+template <typename scalar_t>
+FeStatus run_sparse_count(const FeBackwardArgs& args, int64_t* count, void* workspace, size_t* workspace_bytes,
+                          const FeCpuContext* context) {
+  const Backward<scalar_t> backward(args);
+  size_t needed = 0;
+  const FeStatus status = backward.sparse_workspace_bytes(args.tables[0].num_embeddings, &needed);
+  if (status != FE_OK) return status;
+  if (workspace == nullptr) {
+    *workspace_bytes = needed;
+    return FE_OK;
+  }
+  if (*workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;
+  std::atomic<bool> bad_index{false};
+  Team::run(*context, threads_for(args.num_rows * static_cast<int64_t>(sizeof(int64_t))),
+            [&](Team::Member& member) { backward.run_sparse_count(count, workspace, member, &bad_index); });
+  if (bad_index.load()) return report_index(Indices(args), args.num_rows, args.tables, 1, context->index_error);
+  return FE_OK;
+}
+
+template <typename scalar_t>
+FeStatus run_sparse(const FeBackwardArgs& args, int64_t num_embeddings, int64_t* rows, void* workspace,
+                    size_t workspace_bytes, const FeCpuContext* context) {
+  const Backward<scalar_t> backward(args);
+  size_t needed = 0;
+  const FeStatus status = backward.sparse_workspace_bytes(num_embeddings, &needed);
+  if (status != FE_OK) return status;
+  if (workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;
+  expect_whole_write(args.grad_weight, args.grad_weight_numel * static_cast<int64_t>(sizeof(scalar_t)));
+  Team::run(*context, threads_for(backward.traffic_bytes()),
+            [&](Team::Member& member) { backward.run_sparse(num_embeddings, rows, workspace, member); });
+  return FE_OK;
+}
+
+// Calls f with a value of the C++ type that stands for `type`.
+template <typename Function>
+FeStatus dispatch_scalar(FeScalarType type, const Function& f) {
+  switch (type) {
+    case FE_FLOAT32:
+      return f(float{});
+    case FE_FLOAT64:
+      return f(double{});
+    case FE_FLOAT16:
+      return f(Float16{});
+    case FE_BFLOAT16:
+      return f(BFloat16{});
+  }
+  return FE_INVALID_ARGUMENT;
+}
+
+// The call as that of a dense gradient of `rows` rows.
+struct NumberedCall {
+  NumberedCall(const FeBackwardArgs& source, int64_t rows) : args(source), table(source.tables[0]) {
+    table.num_embeddings = rows;
+    table.weight_offset = 0;
+    args.tables = &table;
+  }
+  NumberedCall(const NumberedCall&) = delete;
+  FeBackwardArgs args;
+  FeTable table;
+};
+
+FeStatus check_sparse_arguments(const FeBackwardArgs* args, int64_t rows, bool running, const FeCpuContext* context) {
+  if (args == nullptr || args->num_tables != 1 || args->tables == nullptr) return FE_INVALID_ARGUMENT;
+  const FeTable& table = args->tables[0];
+  int64_t numel;
+  if (table.num_embeddings < 0 || __builtin_mul_overflow(table.num_embeddings, table.embedding_dim, &numel) ||
+      rows < 0 || rows > std::min(table.num_embeddings, args->num_rows)) {
+    return FE_INVALID_ARGUMENT;
+  }
+  const NumberedCall call(*args, rows);
+  return check_arguments(&call.args, running, context);
+}
+
 }  // namespace
 }  // namespace fast_embedding::cpu
 
@@ -532,15 +726,33 @@ FeStatus fe_cpu_embedding_backward(const FeBackwardArgs* args, void* workspace, 
   if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
   const FeStatus status = check_arguments(args, workspace != nullptr, context);
   if (status != FE_OK) return status;
-  switch (args->scalar_type) {
-    case FE_FLOAT32:
-      return run_backward<float>(*args, workspace, workspace_bytes, context);
-    case FE_FLOAT64:
-      return run_backward<double>(*args, workspace, workspace_bytes, context);
-    case FE_FLOAT16:
-      return run_backward<Float16>(*args, workspace, workspace_bytes, context);
-    case FE_BFLOAT16:
-      return run_backward<BFloat16>(*args, workspace, workspace_bytes, context);
-  }
-  return FE_INVALID_ARGUMENT;
+  return dispatch_scalar(args->scalar_type, [&](auto scalar) {
+    return run_backward<decltype(scalar)>(*args, workspace, workspace_bytes, context);
+  });
+}
+
+FeStatus fe_cpu_embedding_sparse_count(const FeBackwardArgs* args, int64_t* count, void* workspace,
+                                       size_t* workspace_bytes, const FeCpuContext* context) {
+  using namespace fast_embedding::cpu;
+  const bool running = workspace != nullptr;
+  if (workspace_bytes == nullptr || (running && count == nullptr)) return FE_INVALID_ARGUMENT;
+  const FeStatus status = check_sparse_arguments(args, 0, running, context);
+  if (status != FE_OK) return status;
+  return dispatch_scalar(args->scalar_type, [&](auto scalar) {
+    return run_sparse_count<decltype(scalar)>(*args, count, workspace, workspace_bytes, context);
+  });
+}
+
+FeStatus fe_cpu_embedding_sparse_backward(const FeBackwardArgs* args, int64_t count, int64_t* rows, void* workspace,
+                                          size_t* workspace_bytes, const FeCpuContext* context) {
+  using namespace fast_embedding::cpu;
+  const FeStatus status = check_sparse_arguments(args, count, /*running=*/true, context);
+  if (status != FE_OK) return status;
+  if (count == 0) return FE_OK;
+  if (rows == nullptr || workspace == nullptr || workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
+  const NumberedCall call(*args, count);
+  return dispatch_scalar(args->scalar_type, [&](auto scalar) {
+    return run_sparse<decltype(scalar)>(call.args, args->tables[0].num_embeddings, rows, workspace, *workspace_bytes,
+                                        context);
+  });
 }

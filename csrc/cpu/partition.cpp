@@ -65,6 +65,12 @@ PartitionPlan plan_partition(int64_t num_rows, int64_t num_embeddings) {
   return plan;
 }
 
+Partition partition_in(const PartitionPlan& plan, void* workspace) {
+  auto* state = static_cast<PartitionState*>(workspace);
+  auto* keys = reinterpret_cast<uint64_t*>(state + 1) + plan.num_blocks * plan.num_digits();
+  return {keys + (plan.num_passes - 1) % 2 * plan.keys_capacity, &state->num_keys};
+}
+
 Partition partition_by_row(const PartitionPlan& plan, const Indices& indices, int64_t table, int64_t padding_idx,
                            void* workspace, Team::Member& member) {
   auto* state = static_cast<PartitionState*>(workspace);
@@ -72,7 +78,8 @@ Partition partition_by_row(const PartitionPlan& plan, const Indices& indices, in
   uint64_t* buffers[2];  // the second exists where there is more than one pass
   buffers[0] = counts + plan.num_blocks * plan.num_digits();
   buffers[1] = buffers[0] + plan.keys_capacity;
-  uint64_t* const result = buffers[(plan.num_passes - 1) % 2];
+  const Partition partition = partition_in(plan, workspace);
+  uint64_t* const result = partition.keys;
   const int64_t num_digits = plan.num_digits();
   const auto digit_mask = static_cast<uint64_t>(num_digits - 1);
 
@@ -129,7 +136,7 @@ Partition partition_by_row(const PartitionPlan& plan, const Indices& indices, in
       for_each_key(block, [&](uint64_t key) { output[place[(key >> shift) & digit_mask]++] = key; });
     });
   }
-  return {result, &state->num_keys};
+  return partition;
 }
 
 }  // namespace fast_embedding::cpu

@@ -48,9 +48,12 @@ struct PartitionPlan {
 PartitionPlan plan_partition(int64_t num_rows, int64_t num_embeddings);
 
 struct Partition {
-  const uint64_t* keys;  // ascending; kPrefetchRows valid keys follow the last
+  uint64_t* keys;        // ascending; kPrefetchRows valid keys follow the last
   const int64_t* count;  // of keys: N less the lookups of the padding row
 };
+
+// Where partition_by_row() leaves its result.
+Partition partition_in(const PartitionPlan& plan, void* workspace);
 
 // Phases of a team; what the result points to is there when they are done. All indices must be in range. `workspace` is
 // aligned for uint64_t.

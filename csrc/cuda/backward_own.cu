@@ -58,7 +58,8 @@ __device__ inline void sort_list(uint32_t* list, uint32_t size) {
   }
 }
 
-template <typename scalar_t, int kSize>
+// kScaled: a row's sum is divided by the number of its lookups.
+template <typename scalar_t, int kSize, bool kScaled>
 __global__ void __launch_bounds__(kThreads) own_backward(const __grid_constant__ OwnParams params) {
   using sum_t = acc_t<scalar_t>;
   __shared__ OwnShared shared;
@@ -113,16 +114,23 @@ __global__ void __launch_bounds__(kThreads) own_backward(const __grid_constant__
     }
   }
   const scalar_t* grad_output = static_cast<const scalar_t*>(params.grad_output) + column;
+  const auto row_at = [&](uint32_t i) { return shared.list[i] >> kPositionBits; };
   sum_runs<scalar_t, kSize, kUnroll>(
-      length, params.lanes, active, edges, [&](uint32_t i) { return shared.list[i] >> kPositionBits; },
+      length, params.lanes, active, edges, row_at,
       [&](uint32_t i) { return grad_output + (shared.list[i] & (kMaxIndices - 1)) * params.grad_output_stride; },
       [&](uint32_t row, const sum_t(&sum)[kSize]) {
-        store<scalar_t>(grad_weight + static_cast<int64_t>(row) * params.embedding_dim, sum);
+        scalar_t* address = grad_weight + static_cast<int64_t>(row) * params.embedding_dim;
+        if constexpr (kScaled) {
+          const uint32_t count = first_from(0, length, row + 1, row_at) - first_from(0, length, row, row_at);
+          store_mean<scalar_t>(address, sum, count);
+        } else {
+          store<scalar_t>(address, sum);
+        }
       });
 }
 
 template <typename scalar_t, int kSize>
-FeStatus launch(OwnParams& params, const DeviceInfo& device, cudaStream_t stream) {
+FeStatus launch(OwnParams& params, bool scaled, const DeviceInfo& device, cudaStream_t stream) {
   const int64_t packs = ceil_div(params.embedding_dim, kSize);
   params.chunks = static_cast<int32_t>(ceil_div(packs, kMaxLanes));
   params.lanes = static_cast<int32_t>(ceil_div(packs, params.chunks));
@@ -132,7 +140,8 @@ FeStatus launch(OwnParams& params, const DeviceInfo& device, cudaStream_t stream
   params.rows_of_block = static_cast<int32_t>(rows);
   const int64_t blocks = ceil_div(params.num_embeddings, rows) * params.chunks;
   if (blocks > INT32_MAX) return FE_UNSUPPORTED;
-  own_backward<scalar_t, kSize><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params);
+  const auto kernel = scaled ? own_backward<scalar_t, kSize, true> : own_backward<scalar_t, kSize, false>;
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params);
   return check_cuda(cudaGetLastError(), "backward_own");
 }
 
@@ -173,8 +182,9 @@ FeStatus backward_own(const FePlan& /*plan*/, const BackwardCall& call, const De
   const int64_t bytes = pack_bytes(args, table);
   return dispatch_scalar(args.scalar_type, [&](auto value) {
     using scalar_t = decltype(value);
-    return dispatch_pack<scalar_t>(
-        bytes, [&](auto size) { return launch<scalar_t, decltype(size)::value>(params, device, stream); });
+    return dispatch_pack<scalar_t>(bytes, [&](auto size) {
+      return launch<scalar_t, decltype(size)::value>(params, args.scale_grad_by_freq != 0, device, stream);
+    });
   });
 }
 

@@ -46,6 +46,7 @@ FePlanQuery plan_query(const BackwardCall& call, const DeviceInfo& device) {
   query.num_indices = args.num_rows;
   query.grad_weight_numel = args.grad_weight_numel;
   query.deterministic = args.deterministic;
+  query.scale_grad_by_freq = args.scale_grad_by_freq;
   query.device = device.properties;
   return query;
 }
@@ -76,6 +77,8 @@ FeStatus run(const FePlan* given, const FeBackwardArgs* args, void* workspace, s
     status = fe_plan_embedding_backward(&query, &plan);
     if (status != FE_OK) return status;
   }
+  const bool knows_runs = plan.strategy == FE_STRATEGY_OWN || plan.strategy == FE_STRATEGY_SORT;
+  if (args->scale_grad_by_freq && !knows_runs) return FE_INVALID_ARGUMENT;
   switch (plan.strategy) {
     case FE_STRATEGY_OWN:
       return backward_own(plan, call, *device, workspace, workspace_bytes, cuda_stream);

@@ -5,6 +5,29 @@
 
 namespace fast_embedding {
 
+// The first of the entries [begin, end) of an ascending list whose row is `row` at least; `end` if none is.
+template <typename RowAt>
+__device__ inline uint32_t first_from(uint32_t begin, uint32_t end, uint32_t row, RowAt row_at) {
+  while (begin < end) {
+    const uint32_t middle = begin + (end - begin) / 2;
+    if (row_at(middle) < row) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
+template <typename scalar_t, int kSize>
+__device__ inline void store_mean(scalar_t* address, const acc_t<scalar_t> (&sum)[kSize], uint32_t count) {
+  const acc_t<scalar_t> scale = acc_t<scalar_t>{1} / static_cast<acc_t<scalar_t>>(count);
+  acc_t<scalar_t> mean[kSize];
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) mean[j] = sum[j] * scale;
+  store<scalar_t>(address, mean);
+}
+
 // What a lane group's threads hand to the group in which a run began: their part of it, and whether it goes on.
 template <typename sum_t, int kSize, int kThreads>
 struct Edges {

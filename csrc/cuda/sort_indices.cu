@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 1) sort_indices(const __grid_constan
 }  // namespace
 
 IndexSort::IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first, int64_t last,
-                     const DeviceInfo& device)
+                     const DeviceInfo& device, bool with_spare)
     : device_(device) {
   const FeBackwardArgs& args = call.args;
   params_.num_tables = static_cast<int32_t>(last - first);
@@ -381,14 +381,15 @@ IndexSort::IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first
 
   const int64_t entries = args.num_rows * params_.num_tables;
   lookups_bytes_ = round_up(entries * sizeof(Lookup), 256);
-  bytes_ = lookups_bytes_ * (params_.passes > 1 ? 2 : 1) +
+  has_two_lists_ = params_.passes > 1 || with_spare;
+  bytes_ = lookups_bytes_ * (has_two_lists_ ? 2 : 1) +
            round_up(params_.num_tables * chunks * params_.bins * sizeof(uint16_t), 256);
 }
 
 void IndexSort::place(char* memory) {
   params_.lookups[0] = reinterpret_cast<Lookup*>(memory);
-  params_.lookups[1] = reinterpret_cast<Lookup*>(memory + lookups_bytes_);  // not used where all tables take one pass
-  params_.counts = reinterpret_cast<uint16_t*>(memory + lookups_bytes_ * (params_.passes > 1 ? 2 : 1));
+  params_.lookups[1] = reinterpret_cast<Lookup*>(memory + lookups_bytes_);  // not used where there is one list
+  params_.counts = reinterpret_cast<uint16_t*>(memory + lookups_bytes_ * (has_two_lists_ ? 2 : 1));
 }
 
 FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64_t zeros_bytes, cudaStream_t stream) {

@@ -47,7 +47,8 @@ struct SortParams {
 // The sort of tables [first, last) of a call, laid out in a workspace.
 class IndexSort {
  public:
-  IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first, int64_t last, const DeviceInfo& device);
+  IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first, int64_t last, const DeviceInfo& device,
+            bool with_spare = false);
 
   int64_t bytes() const { return bytes_; }
   // Takes bytes() bytes of memory, aligned to 256.
@@ -56,6 +57,8 @@ class IndexSort {
   const Lookup* sorted(int64_t t) const {
     return params_.lookups[(params_.table[t].passes - 1) % 2] + t * params_.num_rows;
   }
+  // As much memory again, not in use once the sort has run, where there is one table and the sort is with_spare.
+  Lookup* spare() const { return params_.lookups[params_.table[0].passes % 2]; }
   // Enqueues the sort, and zeros for two ranges. FE_INVALID_ARGUMENT where the plan does not fit.
   FeStatus enqueue(void* flags, int64_t flags_bytes, void* zeros, int64_t zeros_bytes, cudaStream_t stream);
 
@@ -63,6 +66,7 @@ class IndexSort {
   const DeviceInfo& device_;  // outlives all: read once for the process
   SortParams params_{};
   bool fits_;
+  bool has_two_lists_;
   int64_t lookups_bytes_ = 0;
   int64_t bytes_ = 0;
   int64_t shared_bytes_ = 0;

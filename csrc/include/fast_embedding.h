@@ -93,9 +93,23 @@ typedef struct FeBackwardArgs {
   void*
       grad_weight; /* [grad_weight_numel], every element written, holes between tables with zero: need not be zeroed */
   int64_t grad_weight_numel;
-  int32_t deterministic; /* nonzero: the same bits in every run on one kind of device, at every thread count */
+  int32_t deterministic;      /* nonzero: the same bits in every run on one kind of device, at every thread count */
+  int32_t scale_grad_by_freq; /* nonzero: a row's sum is divided by how many indices of its table name the row */
   FeCombination combination;
 } FeBackwardArgs;
+
+/* The sparse gradient of one table holds the rows that are looked up, and none else. How many there are depends on the
+ * indices, so it takes two calls, between which the caller reads *count and allocates rows and values:
+ *
+ *   *_sparse_count     writes *count (of the device, as all pointers but `tables`), and what the second call needs into
+ *                      the workspace: at most min(num_rows, V)
+ *   *_sparse_backward  writes rows [count], ascending, and their sums to args->grad_weight [count, D], packed; with
+ *                      count == 0 nothing
+ *
+ * `args` are those of the dense backward, num_tables = 1, the same in both calls but for grad_weight (NULL in the
+ * first), grad_weight_numel (count * D) and the table's weight_offset, all of which the first call ignores. The
+ * workspace's size is asked of *_sparse_count; both calls get the same memory, untouched in between. The result is the
+ * same in every run, whatever args->deterministic says. */
 
 /* Workspace. Called with workspace == NULL a function only stores the bytes it needs in *workspace_bytes (>= 0).
  * Called with memory it uses at most *workspace_bytes of it, aligned to 256 bytes, with any content. The size depends
@@ -125,6 +139,11 @@ FE_EXPORT FeStatus fe_cpu_embedding_forward(const FeForwardArgs* args, void* wor
                                             const FeCpuContext* context);
 FE_EXPORT FeStatus fe_cpu_embedding_backward(const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes,
                                              const FeCpuContext* context);
+FE_EXPORT FeStatus fe_cpu_embedding_sparse_count(const FeBackwardArgs* args, int64_t* count, void* workspace,
+                                                 size_t* workspace_bytes, const FeCpuContext* context);
+FE_EXPORT FeStatus fe_cpu_embedding_sparse_backward(const FeBackwardArgs* args, int64_t count, int64_t* rows,
+                                                    void* workspace, size_t* workspace_bytes,
+                                                    const FeCpuContext* context);
 
 /* ---- CUDA: enqueues on `stream` (a cudaStream_t) of the current device; never allocates, never synchronises ---- */
 
@@ -167,6 +186,8 @@ typedef struct FePlanQuery {
   int64_t grad_weight_numel;
   int32_t deterministic;
   FeDevice device;
+  int32_t scale_grad_by_freq; /* OWN or SORT: what knows how long a run is */
+  int32_t sparse;             /* SORT */
 } FePlanQuery;
 
 typedef struct FePlan {
@@ -186,6 +207,14 @@ FE_EXPORT FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan* 
  * where the plan does not fit the arguments. */
 FE_EXPORT FeStatus fe_cuda_embedding_backward_by(const FePlan* plan, const FeBackwardArgs* args, void* workspace,
                                                  size_t* workspace_bytes, void* stream);
+
+/* `plan` is the same in both calls, a SORT or NULL for the table's own. FE_UNSUPPORTED while the stream is captured:
+ * the count could not be read. */
+FE_EXPORT FeStatus fe_cuda_embedding_sparse_count(const FePlan* plan, const FeBackwardArgs* args, int64_t* count,
+                                                  void* workspace, size_t* workspace_bytes, void* stream);
+FE_EXPORT FeStatus fe_cuda_embedding_sparse_backward(const FePlan* plan, const FeBackwardArgs* args, int64_t count,
+                                                     int64_t* rows, void* workspace, size_t* workspace_bytes,
+                                                     void* stream);
 
 #ifdef __cplusplus
 } /* extern "C" */

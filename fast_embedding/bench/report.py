@@ -85,7 +85,7 @@ def tables(result: Record) -> list[Table]:
     for title, rows, describe in _parts(result, sections):
         made.append(_times(f"{title}: microseconds, median [p10 p90]", rows, describe))
         made.append(_shares(f"{title}: speed", rows, describe))
-    return made + _training_tables(result)
+    return made + _sparse_tables(result) + _training_tables(result)
 
 
 def summaries(result: Record) -> list[Table]:
@@ -95,7 +95,7 @@ def summaries(result: Record) -> list[Table]:
         _summary(f"{title}: ours, x = times as fast as {BASELINE}", rows, describe)
         for title, rows, describe in _parts(result, sections)
     ]
-    return made + _training_tables(result)
+    return made + _sparse_tables(result) + _training_tables(result)
 
 
 def _parts(
@@ -106,6 +106,19 @@ def _parts(
         records = result[section]
         for dtype in dict.fromkeys(record["dtype"] for record in records):
             yield f"{title}, {dtype}", [record for record in records if record["dtype"] == dtype], describe
+
+
+def _sparse_tables(result: Record) -> list[Table]:
+    records = result.get("sparse", [])  # results of before have none
+    if not records:
+        return []
+    columns: dict[str, Callable[[Record], str]] = {}
+    for pass_, name in (("gradient", "grad"), ("step", "step")):
+        columns[f"{name}, torch"] = partial(_median_cell, BASELINE, pass_)
+        columns[f"{name}, ours"] = partial(_median_cell, OURS, pass_)
+        columns[f"{name} x"] = partial(_number_cell, partial(_ratio_to, BASELINE, pass_), _factor)
+    title = f"Sparse gradients, {records[0]['dtype']}: us, x = times as fast as {BASELINE}"
+    return [_table(title, records, _short_lookup_columns, columns)]
 
 
 def _training_tables(result: Record) -> list[Table]:
@@ -425,6 +438,9 @@ With many tables, `nn.Embedding` is one of them a table and `torch.cat` (or addi
 compiled, `nn.Embedding, offset indices` a single one over all rows, where the tables are of one D. `FBGEMM dense` is
 not of this run: fbgemm_gpu 1.6.0's dense table-batched embedding on an H200, float32, events around forward and
 backward.
+
+Sparse gradients are wall time, host included, for both wait for the device: `grad` is forward and backward up to
+the coalesced gradient that an optimizer asks for, `step` is a whole one with `SparseAdam`.
 """
 
 

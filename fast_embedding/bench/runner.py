@@ -11,10 +11,10 @@ import torch
 
 from fast_embedding import ops
 
-from . import console, environment, lookup, multi, report, streams, training
+from . import console, environment, lookup, multi, report, sparse, streams, training
 from .limits import measure_rates
 from .measure import Session
-from .shapes import LOOKUP_SHAPES, LookupShape, MultiShape, multi_shapes
+from .shapes import LOOKUP_SHAPES, SPARSE_SHAPES, LookupShape, MultiShape, multi_shapes
 from .timing import CpuTimer, CudaTimer, Effort
 from .training import TrainingSize
 
@@ -182,7 +182,7 @@ def measure(options: Options) -> dict[str, Any]:
     multi_session = replace(session, effort=preset.multi_effort or preset.effort)
 
     trains = options.shape is None and options.only in (None, "training")
-    lookup_cases, multi_cases, left_out = _cases(options, preset)
+    lookup_cases, multi_cases, sparse_cases, left_out = _cases(options, preset)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "environment": environment.describe(device),
@@ -197,11 +197,16 @@ def measure(options: Options) -> dict[str, Any]:
         "corpus": streams.text().summary() if trains or any(c.distribution == "text" for c in lookup_cases) else None,
         "lookup": [],
         "multi": [],
+        "sparse": [],
         "training": [],
         "skipped": left_out,
         "failures": [],
     }
-    steps = (len(lookup_cases) + len(multi_cases)) * len(dtypes) + (2 * _TRAINING_WEIGHT if trains else 0)
+    steps = (
+        (len(lookup_cases) + len(multi_cases)) * len(dtypes)
+        + len(sparse_cases)
+        + (2 * _TRAINING_WEIGHT if trains else 0)
+    )
     with console.progress(steps) as progress:
         run_case = _CaseRunner(result, device, progress)
         for case in lookup_cases:
@@ -210,6 +215,8 @@ def measure(options: Options) -> dict[str, Any]:
         for multi_case in multi_cases:
             for dtype in dtypes:
                 run_case.shape("multi", multi_case, dtype, multi.required_bytes, multi.run, multi_session)
+        for case in sparse_cases:
+            run_case.shape("sparse", case, dtypes[0], sparse.required_bytes, sparse.run, session)
         if trains:
             for train in (training.run_tokens, training.run_tabular):
                 run_case.train(train, preset.training, options.seed)
@@ -218,10 +225,10 @@ def measure(options: Options) -> dict[str, Any]:
 
 def _cases(
     options: Options, preset: Preset
-) -> tuple[Sequence[LookupShape], Sequence[MultiShape], list[dict[str, str]]]:
+) -> tuple[Sequence[LookupShape], Sequence[MultiShape], Sequence[LookupShape], list[dict[str, str]]]:
     """The shapes to measure, and those that the preset leaves out with the reason."""
     if options.shape is not None:
-        return [options.shape], [], []
+        return [options.shape], [], [], []
 
     def admits_lookup(shape: LookupShape) -> bool:
         return preset.admits(
@@ -239,11 +246,19 @@ def _cases(
 
     all_lookups = LOOKUP_SHAPES if options.only in (None, "lookup") else ()
     all_multi = multi_shapes() if options.only in (None, "multi") else ()
+    all_sparse = SPARSE_SHAPES if options.only in (None, "sparse") else ()
     lookups = [shape for shape in all_lookups if admits_lookup(shape)]
     multis = [shape for shape in all_multi if admits_multi(shape)]
+    sparses = [shape for shape in all_sparse if admits_lookup(shape)]
     left_out = [shape.label for shape in all_lookups if shape not in lookups]
     left_out += [shape.label for shape in all_multi if shape not in multis]
-    return lookups, multis, [{"case": label, "reason": "larger than this preset measures"} for label in left_out]
+    left_out += [f"sparse, {shape.label}" for shape in all_sparse if shape not in sparses]
+    return (
+        lookups,
+        multis,
+        sparses,
+        [{"case": label, "reason": "larger than this preset measures"} for label in left_out],
+    )
 
 
 class _CaseRunner:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import streams
 
 # Of a run, and of its record.
-SECTIONS = ("lookup", "multi", "training")
+SECTIONS = ("lookup", "multi", "sparse", "training")
 
 Distribution = Literal["uniform", "zipf", "one", "text"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
@@ -143,6 +143,14 @@ LOOKUP_SHAPES = (
     LookupShape(1000, 64, 128, "uniform"),
     LookupShape(1, 4, 1048576, "one"),
     LookupShape(1000000, 64, 262144, "one"),
+)
+
+# Of sparse gradients: few rows of a large table.
+SPARSE_SHAPES = (
+    LookupShape(100000, 32, 16384, "zipf"),
+    LookupShape(1000000, 32, 65536, "zipf"),
+    LookupShape(10000000, 32, 65536, "uniform"),
+    LookupShape(10000000, 32, 65536, "zipf"),
 )
 
 # Rows of the real table: lexing them takes about a second.

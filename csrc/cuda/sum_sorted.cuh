@@ -1,0 +1,66 @@
+// Sums over lookups that are sorted by row: what a sort is for, in the dense gradient and in the sparse one.
+#pragma once
+
+#include "sort_indices.cuh"
+
+namespace fast_embedding {
+
+struct SumTable {
+  const Lookup* lookups;
+  int64_t weight_offset;
+  uint32_t num_embeddings;
+  int32_t embedding_dim;
+  int32_t first_column;
+  int32_t lanes;
+  int32_t chunks;  // work item first_work + i is column chunk i % chunks of part i / chunks
+};
+
+struct SumParams {
+  int32_t first_work[kMaxSortTables];
+  SumTable table[kMaxSortTables];
+  int32_t num_tables;
+  uint32_t num_rows;
+  int32_t part;
+  const void* grad_output;
+  int64_t grad_output_stride;
+  void* grad_weight;
+  uint32_t* flags;  // [work]
+  void* partials;   // [work, partial_stride] accumulators
+  int32_t partial_stride;
+};
+
+// The sums of up to kMaxSortTables tables of a call: each row that has lookups is written once, the others not at all.
+class SortedSums {
+ public:
+  // FE_INVALID_ARGUMENT from enqueue() where the plan does not fit.
+  SortedSums(const FePlan& plan, const FeBackwardArgs& args);
+
+  // `lookups`: [num_rows], ascending by (row, position); rows from num_embeddings on are dropped.
+  void add(const TableSlice& table, const Lookup* lookups) { add(table, lookups, pack_bytes(args_, table)); }
+  // The same in accesses of `pack` bytes, where the addresses are yet to come.
+  void add(const TableSlice& table, const Lookup* lookups, int64_t pack);
+
+  int64_t flags_bytes() const;
+  int64_t partials_bytes() const;
+  // Takes both, aligned to 256; the flags are zeroed.
+  FeStatus enqueue(void* flags, void* partials, cudaStream_t stream);
+
+ private:
+  // The tables whose rows allow accesses of one width, in one launch.
+  struct Launch {
+    int64_t pack;  // bytes
+    SumParams params{};
+    int64_t work = 0;
+    int64_t partial_stride = 0;
+  };
+
+  int64_t partials_bytes(const Launch& launch) const;
+  template <typename scalar_t, int kSize>
+  FeStatus start(const Launch& launch, cudaStream_t stream) const;
+
+  const FeBackwardArgs& args_;
+  bool fits_;
+  Launch launches_[3];
+};
+
+}  // namespace fast_embedding
