@@ -94,7 +94,7 @@ _PRESETS = {
         Effort(min_rounds=15, max_rounds=31, seconds=1),
         _CUDA_TRAINING,
         _BOTH,
-        multi_effort=Effort(min_rounds=7, max_rounds=15, seconds=0.2, wall_calls=5),
+        multi_effort=Effort(min_rounds=7, max_rounds=15, seconds=0.2),
         reproducible=True,
         compile_chosen=True,
     ),
