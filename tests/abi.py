@@ -9,6 +9,7 @@ import fast_embedding
 OK, INVALID_ARGUMENT, UNSUPPORTED, WORKSPACE_TOO_SMALL, INDEX_OUT_OF_RANGE, CUDA_ERROR = range(6)
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 INT32, INT64 = range(2)
+CONCAT, SUM = range(2)
 OWN, PRIVATE, TILE, SORT = range(4)
 STRATEGIES = {OWN: "own", PRIVATE: "private", TILE: "tile", SORT: "sort"}
 ABI_VERSION = 3
@@ -33,7 +34,13 @@ _LOOKUP = [
 
 
 class ForwardArgs(Structure):
-    _fields_ = [*_LOOKUP, ("weight", c_void_p), ("output", c_void_p), ("output_stride", c_int64)]
+    _fields_ = [
+        *_LOOKUP,
+        ("weight", c_void_p),
+        ("output", c_void_p),
+        ("output_stride", c_int64),
+        ("combination", c_int32),
+    ]
 
 
 class BackwardArgs(Structure):
@@ -45,6 +52,7 @@ class BackwardArgs(Structure):
         ("grad_weight_numel", c_int64),
         ("deterministic", c_int32),
         ("scale_grad_by_freq", c_int32),
+        ("combination", c_int32),
     ]
 
 

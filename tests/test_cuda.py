@@ -58,8 +58,9 @@ except RuntimeError as error:
     [
         {"columns": 1, "shape": (50, 4), "lookup": "functional.embedding(x, weight)"},
         {"columns": 2, "shape": (32,), "lookup": "functional.multi_embedding(x, weight, [3, 5], [5, 2])"},
+        {"columns": 2, "shape": (32,), "lookup": "functional.multi_embedding(x, weight, [3, 5], [3, 3], mode='sum')"},
     ],
-    ids=["embedding", "multi_embedding"],
+    ids=["embedding", "multi_embedding", "sum"],
 )
 def test_out_of_range_is_a_device_assertion_that_names_index_and_size(cuda, arguments):
     """In a process of its own: an assertion ends the CUDA context."""

@@ -58,11 +58,20 @@ class Problem:
     """Tables of sizes (V, D), B rows of indices, an incoming gradient; `offset` moves each buffer off its alignment."""
 
     def __init__(
-        self, sizes, num_rows, dtype, index_dtype=torch.int64, distribution="uniform", padding=False, offset=0
+        self,
+        sizes,
+        num_rows,
+        dtype,
+        index_dtype=torch.int64,
+        distribution="uniform",
+        padding=False,
+        offset=0,
+        combination=abi.CONCAT,
     ):
         torch.manual_seed(len(sizes) + num_rows)
         self.sizes, self.num_rows, self.dtype, self.offset = sizes, num_rows, dtype, offset
-        self.total_dim = sum(dim for _, dim in sizes)
+        self.combination = combination
+        self.total_dim = sizes[0][1] if combination == abi.SUM else sum(dim for _, dim in sizes)
         self.offsets, numel = [], 0
         for rows, dim in sizes:
             self.offsets.append(numel)
@@ -94,29 +103,29 @@ class Problem:
         )  # fmt: skip
 
     def forward(self, library):
-        args = abi.ForwardArgs(*self.lookup(), self.weight.data_ptr(), self.output.data_ptr(), self.output.stride(0))
+        args = abi.ForwardArgs(
+            *self.lookup(), self.weight.data_ptr(), self.output.data_ptr(), self.output.stride(0),
+            combination=self.combination,
+        )  # fmt: skip
         self.output.fill_(torch.nan)
-        check(library, library.fe_cuda_embedding_forward(byref(args), c_void_p(1), byref(c_size_t(0)), stream()))
+        call_with_workspace(
+            library, lambda *workspace: library.fe_cuda_embedding_forward(byref(args), *workspace, stream())
+        )
         return self.output
 
     def backward(self, library, plan=None, deterministic=False, scaled=False):
         args = abi.BackwardArgs(
             *self.lookup(), self.grad_output.data_ptr(), self.grad_output.stride(0),
-            self.grad_weight.data_ptr(), self.numel, deterministic, scaled,
+            self.grad_weight.data_ptr(), self.numel, deterministic, scaled, self.combination,
         )  # fmt: skip
 
-        def call(workspace, size):
+        def call(*workspace):
             if plan is None:
-                return library.fe_cuda_embedding_backward(byref(args), workspace, byref(size), stream())
-            return library.fe_cuda_embedding_backward_by(byref(plan), byref(args), workspace, byref(size), stream())
+                return library.fe_cuda_embedding_backward(byref(args), *workspace, stream())
+            return library.fe_cuda_embedding_backward_by(byref(plan), byref(args), *workspace, stream())
 
-        size = c_size_t()
-        check(library, call(None, size))
-        guard = 256
-        workspace = torch.full((size.value + guard,), 0xFF, dtype=torch.uint8, device="cuda")
         self.grad_weight.fill_(torch.nan)
-        check(library, call(workspace.data_ptr(), size))
-        assert (workspace[size.value :] == 0xFF).all(), "the kernel wrote beyond its workspace"
+        call_with_workspace(library, call)
         return self.grad_weight
 
     def sparse_backward(self, library, plan=None):
@@ -158,7 +167,12 @@ class Problem:
         for t, (rows, dim) in enumerate(self.sizes):
             table = self.weight[self.offsets[t] : self.offsets[t] + rows * dim].view(rows, dim)
             columns.append(table[self.indices[:, t].long()])
-        return torch.cat(columns, 1)
+        if self.combination == abi.CONCAT:
+            return torch.cat(columns, 1)
+        total = torch.zeros_like(columns[0], dtype=accumulator(self.dtype))
+        for rows in columns:  # in this order
+            total += rows
+        return total.to(self.dtype)
 
     def reference_gradient(self, scaled=False):
         """float64, and the sum of magnitudes, which bounds what rounding can do to an element."""
@@ -175,12 +189,26 @@ class Problem:
                 count = torch.bincount(self.indices[:, t].long(), minlength=rows).clamp_(min=1).unsqueeze(1)
                 gradient[where].view(rows, dim).div_(count)
                 magnitude[where].view(rows, dim).div_(count)
-            column += dim
+            column += dim if self.combination == abi.CONCAT else 0
         return gradient, magnitude
 
 
 def stream():
     return c_void_p(torch.cuda.current_stream().cuda_stream)
+
+
+def accumulator(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def call_with_workspace(library, call):
+    """The size query, then the call itself with as much memory, which holds no zeros, and a guard behind it."""
+    size = c_size_t()
+    check(library, call(None, byref(size)))
+    guard = 256
+    workspace = torch.full((size.value + guard,), 0xFF, dtype=torch.uint8, device="cuda")
+    check(library, call(workspace.data_ptr(), byref(size)))
+    assert (workspace[size.value :] == 0xFF).all(), "the kernel wrote beyond its workspace"
 
 
 def check(library, status):
@@ -203,8 +231,8 @@ def assert_close(problem, actual, expected, magnitude):
         return
     # Sums in float32 (float64): each of log2-ish many roundings is relative to a partial sum, itself at most the sum of
     # magnitudes; a serial chain of 64 is the longest. Then one rounding to the dtype.
-    accumulator = torch.finfo(torch.float64 if problem.dtype == torch.float64 else torch.float32).eps
-    bound = 64 * accumulator * magnitude + torch.finfo(problem.dtype).eps * expected.abs()
+    rounding = torch.finfo(accumulator(problem.dtype)).eps
+    bound = 64 * rounding * magnitude + torch.finfo(problem.dtype).eps * expected.abs()
     error = (actual.double() - expected).abs()
     assert torch.isfinite(actual).all(), "elements were not written"
     worst = (error - bound).argmax()
@@ -355,6 +383,83 @@ def test_backward_of_many_tables(library, sizes, num_rows, dtype):
         for plan in plans_for(problem, library):
             assert_gradient(problem, problem.backward(library, plan))
         assert_gradient(problem, problem.backward(library))
+
+
+def summed(num_embeddings, dim):
+    return [(rows, dim) for rows in num_embeddings]
+
+
+SUMS = [
+    summed([119, 5, 12, 12, 10, 6, 6, 2, 2], 300),
+    summed([3000, 70], 1),
+    summed([60, 40, 7], 3),
+    summed([50, 8, 900, 2, 4], 5),
+    summed([70_000, 3, 30], 16),
+    summed([9] * 64, 2),
+    summed([9] * 131, 4),  # three launches
+    summed([20] * 12, 2100),  # rows that several blocks share
+    summed([20, 30, 40], 1025),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SUMS, ids=lambda sizes: f"{len(sizes)} x {sizes[0][1]}")
+@pytest.mark.parametrize("num_rows", [0, 1, 77, 5000, 100_000])
+def test_sums_are_exact(library, sizes, num_rows, dtype):
+    """In the order of the tables, rounded once: bit by bit what torch adds one after the other."""
+    num_rows = min(num_rows, 40_000_000 // sizes[0][1])  # 12 wide tables would take 10 GB to compare
+    for index_dtype, offset in ((torch.int64, 0), (torch.int32, 1)):
+        problem = Problem(sizes, num_rows, dtype, index_dtype, offset=offset, combination=abi.SUM)
+        assert torch.equal(problem.forward(library), problem.reference_output())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SUMS, ids=lambda sizes: f"{len(sizes)} x {sizes[0][1]}")
+@pytest.mark.parametrize("num_rows", [0, 1, 300, 5000])
+def test_backward_of_sums(library, sizes, num_rows, dtype):
+    for distribution, index_dtype, padding, offset in (
+        ("uniform", torch.int64, True, 0),
+        ("one row", torch.int32, False, 1),
+    ):
+        problem = Problem(sizes, num_rows, dtype, index_dtype, distribution, padding, offset, abi.SUM)
+        for plan in plans_for(problem, library):
+            assert_gradient(problem, problem.backward(library, plan))
+        first = problem.backward(library, deterministic=True).clone()
+        assert_gradient(problem, first)
+        assert torch.equal(problem.backward(library, deterministic=True), first)
+        assert_gradient(problem, problem.backward(library))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_arguments_of_sums(library, dtype):
+    problem = Problem(summed([100, 30, 7], 16), 4096, dtype, combination=abi.SUM)
+    problem.indices = problem.indices.t().contiguous().t()
+    wide = torch.full((4096, 40), 7, dtype=dtype, device="cuda")
+    for columns in (slice(8, 24), slice(3, 19)):  # 16 bytes apart, and not
+        problem.output = wide[:, columns]
+        assert torch.equal(problem.forward(library), problem.reference_output())
+        problem.output.fill_(7)
+        assert (wide == 7).all(), "the kernel wrote beside its columns"
+    wide.normal_()
+    for grad_output in (wide[:, 8:24], wide[:, 3:19], wide[:1, :16].expand(4096, 16)):
+        problem.grad_output = grad_output
+        for plan in plans_for(problem, library):
+            assert_gradient(problem, problem.backward(library, plan))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_read_a_shared_table(library, dtype):
+    problem = Problem(summed([50, 8, 50], 12), 3000, dtype, combination=abi.SUM)
+    problem.offsets[2] = problem.tables[2].weight_offset = problem.offsets[0]
+    assert torch.equal(problem.forward(library), problem.reference_output())
+
+
+def test_sums_of_unlike_tables_are_refused(library):
+    problem = Problem([(50, 8), (20, 8)], 100, torch.float32, combination=abi.SUM)
+    problem.tables[1].embedding_dim = problem.tables[1].weight_stride = 7
+    for run in (problem.forward, problem.backward):
+        with pytest.raises(AssertionError, match="status 1"):
+            run(library)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -341,7 +341,8 @@ Tensor embedding_backward_autograd(const Tensor& grad_output, const Tensor& indi
                                                                       padding_idx, scale_grad_by_freq);
 }
 
-/// embedding by what does embedding.options. They are two, because two arguments more cost a small lookup 0.25 us of 3.
+/// embedding by what does embedding.options. Two operators, because two arguments more cost a small lookup 0.25 us
+/// of 3.
 template <Tensor (*implementation)(const Tensor&, const Tensor&, int64_t, bool, bool)>
 Tensor without_options(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {
   return implementation(weight, indices, padding_idx, /*scale_grad_by_freq=*/false, /*sparse=*/false);

@@ -164,6 +164,19 @@ bool check_cuda(FeStatus status, const CudaKernels& kernels) {
   return status == FE_OK;
 }
 
+template <typename Args>
+bool run_cuda(FeStatus (*kernel)(const Args*, void*, size_t*, void*), const CudaKernels& kernels, const Args& args,
+              const Tensor& like) {
+  const c10::DeviceGuard guard(like.device());
+  void* stream = current_stream(like.device());
+  size_t bytes = 0;
+  if (!check_cuda(kernel(&args, nullptr, &bytes, stream), kernels)) {
+    return false;
+  }
+  Workspace workspace(bytes, like);
+  return check_cuda(kernel(&args, workspace.data(), workspace.bytes(), stream), kernels);
+}
+
 /// Memory for the rows counted. The arguments point to the values.
 SparseRows make_sparse_rows(FeBackwardArgs& args, int64_t count, const Tensor& like) {
   const int64_t embedding_dim = args.tables[0].embedding_dim;
@@ -236,37 +249,20 @@ IndexRows as_index_rows(const Tensor& indices, bool last_is_table) {
   return {std::move(storage), type, num_rows, *stride, table_stride};
 }
 
-bool has_sum_kernels(const Tensor& like) { return like.is_cpu(); }
-
-bool run_forward(const FeForwardArgs& args, const Tensor& like, const Tensor& indices, Combination combination) {
-  const bool sums = combination == Combination::kSum;
+bool run_forward(const FeForwardArgs& args, const Tensor& like, const Tensor& indices) {
   if (like.is_cpu()) {
-    const CpuKernels& kernels = cpu_kernels();
-    return run_cpu(sums ? kernels.sum_forward : kernels.forward, args, like, indices);
+    return run_cpu(cpu_kernels().forward, args, like, indices);
   }
-  TORCH_INTERNAL_ASSERT(!sums);
   const CudaKernels& kernels = cuda_kernels();
-  const c10::DeviceGuard guard(like.device());
-  Workspace none(0, like);  // by contract, the CUDA forward needs no memory
-  return check_cuda(kernels.forward(&args, none.data(), none.bytes(), current_stream(like.device())), kernels);
+  return run_cuda(kernels.forward, kernels, args, like);
 }
 
-bool run_backward(const FeBackwardArgs& args, const Tensor& like, const Tensor& indices, Combination combination) {
-  const bool sums = combination == Combination::kSum;
+bool run_backward(const FeBackwardArgs& args, const Tensor& like, const Tensor& indices) {
   if (like.is_cpu()) {
-    const CpuKernels& kernels = cpu_kernels();
-    return run_cpu(sums ? kernels.sum_backward : kernels.backward, args, like, indices);
+    return run_cpu(cpu_kernels().backward, args, like, indices);
   }
-  TORCH_INTERNAL_ASSERT(!sums);
   const CudaKernels& kernels = cuda_kernels();
-  const c10::DeviceGuard guard(like.device());
-  void* stream = current_stream(like.device());
-  size_t bytes = 0;
-  if (!check_cuda(kernels.backward(&args, nullptr, &bytes, stream), kernels)) {
-    return false;
-  }
-  Workspace workspace(bytes, like);
-  return check_cuda(kernels.backward(&args, workspace.data(), workspace.bytes(), stream), kernels);
+  return run_cuda(kernels.backward, kernels, args, like);
 }
 
 std::optional<SparseRows> run_sparse_backward(FeBackwardArgs args, const Tensor& like, const Tensor& indices) {

@@ -34,18 +34,10 @@ struct IndexRows {
 };
 IndexRows as_index_rows(const at::Tensor& indices, bool last_is_table);
 
-/// What becomes of the rows of several tables: side by side, or added in float32 and rounded once.
-enum class Combination { kConcat, kSum };
-
-/// Whether the device of `like` has kernels for Combination::kSum.
-bool has_sum_kernels(const at::Tensor& like);
-
 /// Run the kernel of `like`'s device, on its current stream or on ATen's threads. False where the kernels refuse the
 /// sizes: nothing was written. IndexError for an index out of range on the CPU, named by its position in `indices`.
-bool run_forward(const FeForwardArgs& args, const at::Tensor& like, const at::Tensor& indices,
-                 Combination combination = Combination::kConcat);
-bool run_backward(const FeBackwardArgs& args, const at::Tensor& like, const at::Tensor& indices,
-                  Combination combination = Combination::kConcat);
+bool run_forward(const FeForwardArgs& args, const at::Tensor& like, const at::Tensor& indices);
+bool run_backward(const FeBackwardArgs& args, const at::Tensor& like, const at::Tensor& indices);
 
 /// The rows that one table's lookups name, int64 [1, count], ascending, and the sum of each, [count, D].
 struct SparseRows {

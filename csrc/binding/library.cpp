@@ -58,9 +58,7 @@ void load(const std::string& device_type, const char* path) {
         new CpuKernels{symbol<decltype(CpuKernels::forward)>(library, "fe_cpu_embedding_forward"),
                        symbol<decltype(CpuKernels::backward)>(library, "fe_cpu_embedding_backward"),
                        symbol<decltype(CpuKernels::sparse_count)>(library, "fe_cpu_embedding_sparse_count"),
-                       symbol<decltype(CpuKernels::sparse_backward)>(library, "fe_cpu_embedding_sparse_backward"),
-                       symbol<decltype(CpuKernels::sum_forward)>(library, "fe_cpu_embedding_sum_forward"),
-                       symbol<decltype(CpuKernels::sum_backward)>(library, "fe_cpu_embedding_sum_backward")};
+                       symbol<decltype(CpuKernels::sparse_backward)>(library, "fe_cpu_embedding_sparse_backward")};
   } else if (device_type == "cuda" && cuda_slot.kernels == nullptr) {
     void* library = open(path, "fe_cuda_abi_version");
     cuda_slot.kernels =

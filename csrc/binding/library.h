@@ -11,9 +11,6 @@ struct CpuKernels {
   decltype(&fe_cpu_embedding_backward) backward;
   decltype(&fe_cpu_embedding_sparse_count) sparse_count;
   decltype(&fe_cpu_embedding_sparse_backward) sparse_backward;
-  // Forward and backward with the tables' rows added instead of side by side (csrc/cpu/embedding_sum.h).
-  decltype(&fe_cpu_embedding_forward) sum_forward;
-  decltype(&fe_cpu_embedding_backward) sum_backward;
 };
 
 /// Entry points of libfast_embedding_cuda.so.

@@ -30,6 +30,7 @@
 
 #include "dispatch.h"
 #include "launch.h"
+#include "node.h"
 
 namespace fast_embedding {
 namespace {
@@ -43,11 +44,11 @@ using TableVector = c10::SmallVector<FeTable, 16>;
 /// What a call is about: a table for each column of the indices, owned by someone else.
 struct Tables {
   c10::ArrayRef<FeTable> columns;
-  Combination combination;
+  FeCombination combination;
 
   int64_t size() const { return static_cast<int64_t>(columns.size()); }
   const FeTable& operator[](int64_t column) const { return columns[column]; }
-  bool sums() const { return combination == Combination::kSum; }
+  bool sums() const { return combination == FE_SUM; }
   int64_t concatenated_dim() const {
     int64_t dim = 0;
     for (const FeTable& table : columns) {
@@ -56,7 +57,7 @@ struct Tables {
     return dim;
   }
   int64_t output_dim() const { return sums() ? columns[0].embedding_dim : concatenated_dim(); }
-  Tables concatenated() const { return {columns, Combination::kConcat}; }
+  Tables concatenated() const { return {columns, FE_CONCAT}; }
 };
 
 int64_t numel(const FeTable& table) { return table.num_embeddings * table.embedding_dim; }
@@ -230,9 +231,6 @@ Tensor multi_embedding_dense(const Tensor& weight, const Tensor& indices, const 
   if (!scalar) {
     return composite(weight, indices, tables);
   }
-  if (tables.sums() && !has_sum_kernels(weight)) {
-    return add_tables(multi_embedding_dense(weight, indices, tables.concatenated()), tables);
-  }
   c10::DimVector sizes(indices.sizes());
   sizes.back() = tables.output_dim();
   Tensor output = at::empty(sizes, weight.options());
@@ -251,7 +249,8 @@ Tensor multi_embedding_dense(const Tensor& weight, const Tensor& indices, const 
   args.weight = flat.const_data_ptr();
   args.output = output.mutable_data_ptr();
   args.output_stride = sizes.back();
-  return run_forward(args, weight, indices, tables.combination) ? output : composite(weight, indices, tables);
+  args.combination = tables.combination;
+  return run_forward(args, weight, indices) ? output : composite(weight, indices, tables);
 }
 
 /// The kernels write every table's gradient once. A column that reads a table again gets one of its own behind the
@@ -275,10 +274,6 @@ Tensor multi_embedding_backward_dense(const Tensor& grad_output, const Tensor& i
   if (shared) {
     return add_shared_tables(grad_output, indices, weight_numel, tables);
   }
-  if (tables.sums() && !has_sum_kernels(grad_output)) {
-    return multi_embedding_backward_dense(repeat_tables(grad_output, tables), indices, weight_numel,
-                                          tables.concatenated());
-  }
   Tensor grad_weight = at::empty({weight_numel}, grad_output.options());
 
   const Rows grad_rows = as_rows(grad_output);
@@ -297,9 +292,9 @@ Tensor multi_embedding_backward_dense(const Tensor& grad_output, const Tensor& i
   args.grad_weight = grad_weight.mutable_data_ptr();
   args.grad_weight_numel = weight_numel;
   args.deterministic = at::globalContext().deterministicAlgorithms();
-  return run_backward(args, grad_output, indices, tables.combination)
-             ? grad_weight
-             : composite_backward(grad_output, indices, weight_numel, tables);
+  args.combination = tables.combination;
+  return run_backward(args, grad_output, indices) ? grad_weight
+                                                  : composite_backward(grad_output, indices, weight_numel, tables);
 }
 
 Tensor add_shared_tables(const Tensor& grad_output, const Tensor& indices, int64_t weight_numel, const Tables& tables) {
@@ -363,7 +358,7 @@ c10::ArrayRef<FeTable> from_description(const Tensor& tables) {
   return {reinterpret_cast<const FeTable*>(tables.const_data_ptr<int64_t>()), static_cast<size_t>(tables.size(0))};
 }
 
-Combination combination(bool sum) { return sum ? Combination::kSum : Combination::kConcat; }
+FeCombination combination(bool sum) { return sum ? FE_SUM : FE_CONCAT; }
 
 Tensor call_multi_embedding(const Tensor& weight, const Tensor& indices, const Tables& tables,
                             const std::optional<Tensor>& columns = std::nullopt) {
@@ -483,7 +478,7 @@ class SavedTables {
  private:
   static constexpr size_t kFields = 4;
   TableVector columns_;
-  Combination combination_;
+  FeCombination combination_;
 };
 
 struct MultiEmbeddingFunction : torch::autograd::Function<MultiEmbeddingFunction> {
@@ -563,8 +558,11 @@ Tensor multi_embedding_autograd(const Tensor& weight, const Tensor& indices, con
   if (is_left_to_aten(weight)) {
     return composite(weight, indices, tables);
   }
-  return needs_graph(weight) ? MultiEmbeddingFunction::apply(weight, indices, tables, &columns)
-                             : forward_below_autograd(weight, indices, tables, columns);
+  if (!needs_graph(weight)) {
+    return forward_below_autograd(weight, indices, tables, columns);
+  }
+  return is_traced(weight, indices) ? MultiEmbeddingFunction::apply(weight, indices, tables, &columns)
+                                    : apply_untraced<MultiEmbeddingFunction>(weight, indices, tables, &columns);
 }
 
 Tensor multi_embedding_described_autograd(const Tensor& weight, const Tensor& indices, const Tables& tables) {

@@ -28,17 +28,17 @@ int64_t sum_of_columns(const FeTable* tables, int64_t num_tables) {
 }
 
 template <typename Args>
-FeStatus check_common(const Args* args, Combination combination, bool running, const FeCpuContext* context,
-                      int64_t* columns) {
+FeStatus check_common(const Args* args, bool running, const FeCpuContext* context, int64_t* columns) {
   if (args == nullptr || args->num_tables < 0 || args->num_rows < 0 || scalar_bytes(args->scalar_type) == 0 ||
       (args->index_type != FE_INT32 && args->index_type != FE_INT64) ||
+      (args->combination != FE_CONCAT && args->combination != FE_SUM) ||
       (args->tables == nullptr && args->num_tables > 0)) {
     return FE_INVALID_ARGUMENT;
   }
   *columns = sum_of_columns(args->tables, args->num_tables);
   int64_t numel;
   if (*columns < 0 || !fits_int64(args->num_rows, std::max<int64_t>(*columns, 1), &numel)) return FE_INVALID_ARGUMENT;
-  if (combination == Combination::kSum) {
+  if (args->combination == FE_SUM) {
     const int64_t dim = args->num_tables > 0 ? args->tables[0].embedding_dim : 0;
     if (std::any_of(args->tables, args->tables + args->num_tables,
                     [dim](const FeTable& table) { return table.embedding_dim != dim; })) {
@@ -57,17 +57,16 @@ FeStatus check_common(const Args* args, Combination combination, bool running, c
 
 }  // namespace
 
-int64_t count_columns(const FeTable* tables, int64_t num_tables, Combination combination) {
-  if (combination == Combination::kSum) return num_tables > 0 ? tables[0].embedding_dim : 0;
+int64_t count_columns(const FeTable* tables, int64_t num_tables, FeCombination combination) {
+  if (combination == FE_SUM) return num_tables > 0 ? tables[0].embedding_dim : 0;
   int64_t columns = 0;
   for (int64_t t = 0; t < num_tables; ++t) columns += tables[t].embedding_dim;
   return columns;
 }
 
-FeStatus check_arguments(const FeForwardArgs* args, Combination combination, bool running,
-                         const FeCpuContext* context) {
+FeStatus check_arguments(const FeForwardArgs* args, bool running, const FeCpuContext* context) {
   int64_t columns = 0;
-  const FeStatus status = check_common(args, combination, running, context, &columns);
+  const FeStatus status = check_common(args, running, context, &columns);
   if (status != FE_OK || !running) return status;
   const bool empty = args->num_rows == 0 || columns == 0;
   // The weight may be null where all tables have no rows: no index is in range then, and the check says so.
@@ -81,10 +80,9 @@ FeStatus check_arguments(const FeForwardArgs* args, Combination combination, boo
   return FE_OK;
 }
 
-FeStatus check_arguments(const FeBackwardArgs* args, Combination combination, bool running,
-                         const FeCpuContext* context) {
+FeStatus check_arguments(const FeBackwardArgs* args, bool running, const FeCpuContext* context) {
   int64_t columns = 0;
-  const FeStatus status = check_common(args, combination, running, context, &columns);
+  const FeStatus status = check_common(args, running, context, &columns);
   if (status != FE_OK) return status;
   if (args->grad_weight_numel < 0) return FE_INVALID_ARGUMENT;
   for (int64_t t = 0; t < args->num_tables; ++t) {

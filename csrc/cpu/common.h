@@ -113,18 +113,13 @@ class Indices {
 constexpr int64_t kHugePageBytes = 8 << 20;
 void expect_whole_write(void* begin, int64_t bytes);
 
-// How the rows of several tables make a row of the output: side by side, or added (all tables have the same D then).
-// Both entry points of a direction take the same arguments; a sum's output and grad_output have D columns.
-enum class Combination { kConcat, kSum };
-
 // Columns of output and grad_output.
-int64_t count_columns(const FeTable* tables, int64_t num_tables, Combination combination);
+int64_t count_columns(const FeTable* tables, int64_t num_tables, FeCombination combination);
 
 // Sizes, types and pointers of a call. The data pointers are required only where `running` (not a size query) and
 // something would be read or written through them.
-FeStatus check_arguments(const FeForwardArgs* args, Combination combination, bool running, const FeCpuContext* context);
-FeStatus check_arguments(const FeBackwardArgs* args, Combination combination, bool running,
-                         const FeCpuContext* context);
+FeStatus check_arguments(const FeForwardArgs* args, bool running, const FeCpuContext* context);
+FeStatus check_arguments(const FeBackwardArgs* args, bool running, const FeCpuContext* context);
 
 // A step of a team's program: sets *found where an index is out of range, before any member returns.
 void check_indices(const Indices& indices, int64_t num_rows, const FeTable* tables, int64_t num_tables,

@@ -20,7 +20,6 @@
 #include <cstring>
 
 #include "common.h"
-#include "embedding_sum.h"
 #include "partition.h"
 #include "row_kernels.h"
 
@@ -92,8 +91,7 @@ class Backward {
  public:
   using acc_t = accumulator_t<scalar_t>;
 
-  Backward(const FeBackwardArgs& args, Combination combination)
-      : args_(args), indices_(args), combination_(combination) {
+  explicit Backward(const FeBackwardArgs& args) : args_(args), indices_(args) {
     for (int64_t t = 0; t < args.num_tables; ++t) {
       total_columns_ += args.tables[t].embedding_dim;
       total_numel_ += numel_of(args.tables[t]);
@@ -266,7 +264,7 @@ class Backward {
 
   // The first column of what follows `count` columns from `column`: a sum's gradient is every table's.
   int64_t column_after(int64_t column, int64_t count) const {
-    return combination_ == Combination::kSum ? column : column + count;
+    return args_.combination == FE_SUM ? column : column + count;
   }
 
   // ---- Plans -----------------------------------------------------------------------------------------------------
@@ -619,16 +617,15 @@ class Backward {
 
   const FeBackwardArgs& args_;
   Indices indices_;
-  Combination combination_;
   const RowKernels& row_kernels_ = row_kernels();
   int64_t total_columns_ = 0;
   int64_t total_numel_ = 0;  // less than grad_weight_numel where there are holes
 };
 
 template <typename scalar_t>
-FeStatus run_backward(const FeBackwardArgs& args, Combination combination, void* workspace, size_t* workspace_bytes,
+FeStatus run_backward(const FeBackwardArgs& args, void* workspace, size_t* workspace_bytes,
                       const FeCpuContext* context) {
-  const Backward<scalar_t> backward(args, combination);
+  const Backward<scalar_t> backward(args);
   size_t needed = 0;
   FeStatus status = backward.workspace_bytes(&needed);
   if (status != FE_OK) return status;
@@ -650,7 +647,7 @@ FeStatus run_backward(const FeBackwardArgs& args, Combination combination, void*
 template <typename scalar_t>
 FeStatus run_sparse_count(const FeBackwardArgs& args, int64_t* count, void* workspace, size_t* workspace_bytes,
                           const FeCpuContext* context) {
-  const Backward<scalar_t> backward(args, Combination::kConcat);
+  const Backward<scalar_t> backward(args);
   size_t needed = 0;
   const FeStatus status = backward.sparse_workspace_bytes(args.tables[0].num_embeddings, &needed);
   if (status != FE_OK) return status;
@@ -669,7 +666,7 @@ FeStatus run_sparse_count(const FeBackwardArgs& args, int64_t* count, void* work
 template <typename scalar_t>
 FeStatus run_sparse(const FeBackwardArgs& args, int64_t num_embeddings, int64_t* rows, void* workspace,
                     size_t workspace_bytes, const FeCpuContext* context) {
-  const Backward<scalar_t> backward(args, Combination::kConcat);
+  const Backward<scalar_t> backward(args);
   size_t needed = 0;
   const FeStatus status = backward.sparse_workspace_bytes(num_embeddings, &needed);
   if (status != FE_OK) return status;
@@ -696,16 +693,6 @@ FeStatus dispatch_scalar(FeScalarType type, const Function& f) {
   return FE_INVALID_ARGUMENT;
 }
 
-FeStatus backward_of(const FeBackwardArgs* args, Combination combination, void* workspace, size_t* workspace_bytes,
-                     const FeCpuContext* context) {
-  if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
-  const FeStatus status = check_arguments(args, combination, workspace != nullptr, context);
-  if (status != FE_OK) return status;
-  return dispatch_scalar(args->scalar_type, [&](auto scalar) {
-    return run_backward<decltype(scalar)>(*args, combination, workspace, workspace_bytes, context);
-  });
-}
-
 // The call as that of a dense gradient of `rows` rows.
 struct NumberedCall {
   NumberedCall(const FeBackwardArgs& source, int64_t rows) : args(source), table(source.tables[0]) {
@@ -727,7 +714,7 @@ FeStatus check_sparse_arguments(const FeBackwardArgs* args, int64_t rows, bool r
     return FE_INVALID_ARGUMENT;
   }
   const NumberedCall call(*args, rows);
-  return check_arguments(&call.args, Combination::kConcat, running, context);
+  return check_arguments(&call.args, running, context);
 }
 
 }  // namespace
@@ -736,13 +723,12 @@ FeStatus check_sparse_arguments(const FeBackwardArgs* args, int64_t rows, bool r
 FeStatus fe_cpu_embedding_backward(const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes,
                                    const FeCpuContext* context) {
   using namespace fast_embedding::cpu;
-  return backward_of(args, Combination::kConcat, workspace, workspace_bytes, context);
-}
-
-FeStatus fe_cpu_embedding_sum_backward(const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes,
-                                       const FeCpuContext* context) {
-  using namespace fast_embedding::cpu;
-  return backward_of(args, Combination::kSum, workspace, workspace_bytes, context);
+  if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
+  const FeStatus status = check_arguments(args, workspace != nullptr, context);
+  if (status != FE_OK) return status;
+  return dispatch_scalar(args->scalar_type, [&](auto scalar) {
+    return run_backward<decltype(scalar)>(*args, workspace, workspace_bytes, context);
+  });
 }
 
 FeStatus fe_cpu_embedding_sparse_count(const FeBackwardArgs* args, int64_t* count, void* workspace,

@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "common.h"
-#include "embedding_sum.h"
 #include "row_kernels.h"
 
 namespace fast_embedding::cpu {
@@ -89,20 +88,24 @@ void sum_rows_of(const FeForwardArgs& args, const Indices& indices, const RowKer
   }
 }
 
-FeStatus forward_of(const FeForwardArgs* args, Combination combination, void* workspace, size_t* workspace_bytes,
-                    const FeCpuContext* context) {
+}  // namespace
+}  // namespace fast_embedding::cpu
+
+FeStatus fe_cpu_embedding_forward(const FeForwardArgs* args, void* workspace, size_t* workspace_bytes,
+                                  const FeCpuContext* context) {
+  using namespace fast_embedding::cpu;
   if (workspace_bytes == nullptr) return FE_INVALID_ARGUMENT;
   const bool running = workspace != nullptr;
-  const FeStatus status = check_arguments(args, combination, running, context);
+  const FeStatus status = check_arguments(args, running, context);
   if (status != FE_OK) return status;
-  const bool sums = combination == Combination::kSum && args->num_tables > 1;
+  const bool sums = args->combination == FE_SUM && args->num_tables > 1;
   if (sums && args->num_tables > kMaxAddresses) return FE_UNSUPPORTED;
   if (!running) {
     *workspace_bytes = 0;
     return FE_OK;
   }
   const Indices indices(*args);
-  const int64_t columns = count_columns(args->tables, args->num_tables, combination);
+  const int64_t columns = count_columns(args->tables, args->num_tables, args->combination);
   const int64_t row_bytes = columns * scalar_bytes(args->scalar_type);
   const int64_t read_bytes = sums ? args->num_tables * row_bytes : row_bytes;
   const RowKernels& kernels = row_kernels();
@@ -120,19 +123,4 @@ FeStatus forward_of(const FeForwardArgs* args, Combination combination, void* wo
   });
   if (found.load()) return report_index(indices, args->num_rows, args->tables, args->num_tables, context->index_error);
   return FE_OK;
-}
-
-}  // namespace
-}  // namespace fast_embedding::cpu
-
-FeStatus fe_cpu_embedding_forward(const FeForwardArgs* args, void* workspace, size_t* workspace_bytes,
-                                  const FeCpuContext* context) {
-  using namespace fast_embedding::cpu;
-  return forward_of(args, Combination::kConcat, workspace, workspace_bytes, context);
-}
-
-FeStatus fe_cpu_embedding_sum_forward(const FeForwardArgs* args, void* workspace, size_t* workspace_bytes,
-                                      const FeCpuContext* context) {
-  using namespace fast_embedding::cpu;
-  return forward_of(args, Combination::kSum, workspace, workspace_bytes, context);
 }

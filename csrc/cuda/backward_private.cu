@@ -168,10 +168,10 @@ FeStatus launch(const FePlan& plan, PrivateParams params, const DeviceInfo& devi
   if (shared_bytes > device.properties.shared_bytes_per_block || slices > device.properties.num_sms) {
     return FE_INVALID_ARGUMENT;
   }
-  // The same limit in every call: threads that launch at the same time must not lower each other's.
-  const FeStatus status = check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                          static_cast<int>(device.properties.shared_bytes_per_block)),
-                                     "backward_private shared memory");
+  static std::atomic<uint64_t> allowed{0};
+  const FeStatus status =
+      allow_shared_memory(reinterpret_cast<const void*>(kernel), device.properties.shared_bytes_per_block, device,
+                          &allowed, "backward_private shared memory");
   if (status != FE_OK) return status;
   return launch_cooperative(kernel, dim3(splits, slices), dim3(plan.threads), shared_bytes, params, stream,
                             "backward_private");

@@ -271,7 +271,9 @@ FeStatus launch(TileParams& params, const DeviceInfo& device, cudaStream_t strea
 // Tables whose rows allow accesses of one width, in one launch: a kernel for each width keeps them all in registers.
 struct TileLaunch {
   int64_t pack;  // bytes
-  TileParams params{};
+  TileParams params;
+
+  TileLaunch(int64_t pack_bytes, const TileParams& common) : pack(pack_bytes), params(common) {}
 };
 
 void add_table(const FeBackwardArgs& args, const TableSlice& source, TileLaunch* launch) {
@@ -330,7 +332,7 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
       return launch.pack == pack && launch.params.num_tables < kMaxTables;
     };
     auto launch = std::find_if(launches.begin(), launches.end(), takes);
-    if (launch == launches.end()) launch = launches.insert(launches.end(), TileLaunch{pack, common});
+    if (launch == launches.end()) launch = launches.emplace(launches.end(), pack, common);
     add_table(args, table, &*launch);
   }
   launches.front().params.zero_first = 1;

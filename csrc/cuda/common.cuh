@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cassert>
 #include <cstdint>
 #include <cstdio>
@@ -192,7 +193,10 @@ __device__ inline int find_last(const int32_t* first, int count, int32_t number)
 // Zeros from this size on are left to cudaMemsetAsync: 5% faster than a kernel's stores, at the price of a launch.
 constexpr int64_t kMemsetBytes = int64_t{64} << 20;
 
+constexpr int kMaxDevices = 64;
+
 struct DeviceInfo {
+  int index;
   FeDevice properties;
   bool cooperative;
 };
@@ -203,11 +207,17 @@ FeStatus device_info(const DeviceInfo** info);
 // Records the CUDA error behind FE_CUDA_ERROR for fe_cuda_last_error().
 FeStatus check_cuda(cudaError_t error, const char* what);
 
+// Lets a kernel have up to `bytes` of dynamic shared memory, the same in all of its calls: threads that launch at the
+// same time must not lower each other's limit. The driver is asked once a device; `allowed`, the kernel's own,
+// remembers.
+FeStatus allow_shared_memory(const void* kernel, int64_t bytes, const DeviceInfo& device,
+                             std::atomic<uint64_t>* allowed, const char* what);
+
 // All blocks must fit the device at once: the kernel has barriers across the grid.
 template <typename Params>
-FeStatus launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_bytes, Params params,
+FeStatus launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_bytes, const Params& params,
                             cudaStream_t stream, const char* what) {
-  void* arguments[] = {&params};
+  void* arguments[] = {const_cast<Params*>(&params)};  // which are read only
   return check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments,
                                                 static_cast<size_t>(shared_bytes), stream),
                     what);

@@ -9,10 +9,12 @@ FeStatus check_arguments(const FeBackwardArgs* args) {
     return FE_INVALID_ARGUMENT;
   }
   if (args->num_tables > 0 && args->tables == nullptr) return FE_INVALID_ARGUMENT;
+  if (args->combination != FE_CONCAT && args->combination != FE_SUM) return FE_INVALID_ARGUMENT;
   for (int64_t t = 0; t < args->num_tables; ++t) {
     const FeTable& table = args->tables[t];
     if (table.num_embeddings < 0 || table.embedding_dim < 0 || table.weight_offset < 0 ||
         table.weight_stride != table.embedding_dim ||
+        (args->combination == FE_SUM && table.embedding_dim != args->tables[0].embedding_dim) ||
         table.weight_offset + table.num_embeddings * table.embedding_dim > args->grad_weight_numel) {
       return FE_INVALID_ARGUMENT;
     }
@@ -20,14 +22,14 @@ FeStatus check_arguments(const FeBackwardArgs* args) {
   return FE_OK;
 }
 
-// The tables side by side in grad_output.
-BackwardCall concatenated(const FeBackwardArgs& args) {
+// The tables side by side in grad_output, or all in its first columns.
+BackwardCall combined(const FeBackwardArgs& args) {
   BackwardCall call{args, {}};
   call.tables.reserve(args.num_tables);
   int64_t first_column = 0;
   for (int64_t t = 0; t < args.num_tables; ++t) {
     call.tables.push_back({args.tables[t], t, first_column});
-    first_column += args.tables[t].embedding_dim;
+    if (args.combination == FE_CONCAT) first_column += args.tables[t].embedding_dim;
   }
   return call;
 }
@@ -66,7 +68,7 @@ FeStatus run(const FePlan* given, const FeBackwardArgs* args, void* workspace, s
     return check_cuda(cudaMemsetAsync(args->grad_weight, 0, bytes, cuda_stream), "embedding_backward");
   }
 
-  const BackwardCall call = concatenated(*args);
+  const BackwardCall call = combined(*args);
   FePlan plan;
   if (given != nullptr) {
     plan = *given;

@@ -1,11 +1,12 @@
-// The forward: a gather of rows, one launch whatever the number of tables (up to kMaxTables a launch).
+// The forward: a gather of rows, one launch whatever the number of tables (up to kMaxTables a launch). Sums of rows are
+// in embedding_sum_forward.cu.
 //
 // A row is copied as words of the widest size that all addresses allow, so the element type plays no part. The grid
 // is laid over the words of the output, not over rows: every thread has the same work at D = 1 and at D = 4096, and
 // consecutive threads write consecutive words. ATen spends 0.6 ns a row whatever the row's size.
 #include <algorithm>
 
-#include "common.cuh"
+#include "forward.cuh"
 
 namespace fast_embedding {
 namespace {
@@ -171,21 +172,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The widest word that divides every address and row; 2 bytes at the least.
-int word_bytes(const FeForwardArgs& args, int64_t first_table, int num_tables, int64_t first_column) {
-  const int64_t scalar = scalar_bytes(args.scalar_type);
-  uint64_t bits = (reinterpret_cast<uintptr_t>(args.output) + first_column * scalar) | args.output_stride * scalar;
-  for (int64_t t = first_table; t < first_table + num_tables; ++t) {
-    const FeTable& table = args.tables[t];
-    bits |= reinterpret_cast<uintptr_t>(args.weight) + table.weight_offset * scalar;
-    bits |= table.weight_stride * scalar | table.embedding_dim * scalar;
-  }
-  for (int bytes = 16; bytes > 2; bytes /= 2) {
-    if (bits % bytes == 0) return bytes;
-  }
-  return 2;
-}
-
 // Small outputs go to as many SMs as there are, large ones to threads with several loads in flight.
 FeStatus count_blocks(int64_t num_words, int* words_per_thread, int num_sms, unsigned* blocks) {
   if (num_words <= int64_t{num_sms} * kThreads * 4) *words_per_thread = 1;
@@ -277,8 +263,11 @@ extern "C" FeStatus fe_cuda_embedding_forward(const FeForwardArgs* args, void* w
                                               void* stream) {
   using namespace fast_embedding;
   if (args == nullptr || workspace_bytes == nullptr || (args->num_tables > 0 && args->tables == nullptr) ||
-      args->num_rows < 0) {
+      args->num_rows < 0 || (args->combination != FE_CONCAT && args->combination != FE_SUM)) {
     return FE_INVALID_ARGUMENT;
+  }
+  if (args->combination == FE_SUM && args->num_tables > 1) {
+    return sum_forward(*args, workspace, workspace_bytes, static_cast<cudaStream_t>(stream));
   }
   *workspace_bytes = 0;
   if (workspace == nullptr || args->num_rows == 0 || args->num_tables == 0) return FE_OK;

@@ -1,5 +1,4 @@
 // Versions, errors and device properties: what the library says of itself and of the device.
-#include <atomic>
 #include <mutex>
 #include <string>
 
@@ -7,8 +6,6 @@
 
 namespace fast_embedding {
 namespace {
-
-constexpr int kMaxDevices = 64;
 
 thread_local std::string last_error;
 
@@ -27,6 +24,7 @@ FeStatus read_device(int device, DeviceInfo* info) {
     const FeStatus status = check_cuda(cudaDeviceGetAttribute(&row.value, row.attribute, device), "device attribute");
     if (status != FE_OK) return status;
   }
+  info->index = device;
   info->properties.compute_capability = rows[0].value * 10 + rows[1].value;
   info->properties.num_sms = rows[2].value;
   info->properties.l2_bytes = rows[3].value;
@@ -42,6 +40,17 @@ FeStatus check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return FE_OK;
   last_error = std::string(what) + ": " + cudaGetErrorString(error);
   return FE_CUDA_ERROR;
+}
+
+FeStatus allow_shared_memory(const void* kernel, int64_t bytes, const DeviceInfo& device,
+                             std::atomic<uint64_t>* allowed, const char* what) {
+  static_assert(kMaxDevices <= 64, "a bit a device");
+  const uint64_t bit = uint64_t{1} << device.index;
+  if ((allowed->load(std::memory_order_acquire) & bit) != 0) return FE_OK;
+  const FeStatus status = check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), what);
+  if (status == FE_OK) allowed->fetch_or(bit, std::memory_order_release);
+  return status;
 }
 
 FeStatus device_info(const DeviceInfo** info) {

@@ -343,7 +343,8 @@ __global__ void __launch_bounds__(kThreads, 1) sort_indices(const __grid_constan
 }  // namespace
 
 IndexSort::IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first, int64_t last,
-                     const DeviceInfo& device, bool with_spare) {
+                     const DeviceInfo& device, bool with_spare)
+    : device_(device) {
   const FeBackwardArgs& args = call.args;
   params_.num_tables = static_cast<int32_t>(last - first);
   params_.index_type = args.index_type;
@@ -372,8 +373,7 @@ IndexSort::IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first
   params_.chunks = static_cast<int32_t>(chunks);
   params_.rows_of_chunk = static_cast<uint32_t>(ceil_div(args.num_rows, chunks));
   params_.tile = static_cast<int32_t>(std::min<int64_t>(round_up(params_.rows_of_chunk, kThreads), plan.sort_tile));
-  num_sms_ = device.properties.num_sms;
-  blocks_ = std::min(params_.num_tables * chunks, num_sms_);
+  blocks_ = std::min<int64_t>(params_.num_tables * chunks, device.properties.num_sms);
   shared_bytes_ = shared_bytes(params_);
   max_shared_bytes_ = device.properties.shared_bytes_per_block - kStaticSharedBytes;
   fits_ = plan.digit_bits <= kMaxDigitBits && plan.sort_tile % kThreads == 0 && plan.sort_tile <= kMaxTile &&
@@ -397,7 +397,8 @@ FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64
   params_.flags = flags;
   params_.flags_bytes = flags_bytes;
   // A few zeros hide behind the barriers; more would delay them, and leave too little for a launch of their own.
-  const int64_t blocks = std::max(blocks_, std::min(num_sms_, ceil_div(zeros_bytes, kZerosOfBlock)));
+  const int64_t blocks =
+      std::max(blocks_, std::min<int64_t>(device_.properties.num_sms, ceil_div(zeros_bytes, kZerosOfBlock)));
   const int64_t barriers = 2 * params_.passes - 1;
   const int64_t hidden = barriers * blocks * kZerosOfBlock;
   const int64_t inside = zeros_bytes <= hidden + hidden / 2 ? zeros_bytes : hidden;
@@ -409,10 +410,9 @@ FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64
   params_.zeros = zeros;
   params_.zeros_bytes = inside;
   params_.zeros_at_barrier = round_up(ceil_div(inside, barriers), 16);
-  // The same limit in every call: threads that launch at the same time must not lower each other's.
-  const FeStatus status = check_cuda(cudaFuncSetAttribute(sort_indices, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                          static_cast<int>(max_shared_bytes_)),
-                                     "sort_indices shared memory");
+  static std::atomic<uint64_t> allowed{0};
+  const FeStatus status = allow_shared_memory(reinterpret_cast<const void*>(sort_indices), max_shared_bytes_, device_,
+                                              &allowed, "sort_indices shared memory");
   if (status != FE_OK) return status;
   return launch_cooperative(sort_indices, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes_, params_,
                             stream, "sort_indices");

@@ -63,6 +63,7 @@ class IndexSort {
   FeStatus enqueue(void* flags, int64_t flags_bytes, void* zeros, int64_t zeros_bytes, cudaStream_t stream);
 
  private:
+  const DeviceInfo& device_;  // outlives all: read once for the process
   SortParams params_{};
   bool fits_;
   bool has_two_lists_;
@@ -71,7 +72,6 @@ class IndexSort {
   int64_t shared_bytes_ = 0;
   int64_t max_shared_bytes_ = 0;
   int64_t blocks_ = 0;
-  int64_t num_sms_ = 0;
 };
 
 }  // namespace fast_embedding

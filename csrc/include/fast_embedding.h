@@ -4,8 +4,7 @@
  * libfast_embedding_cuda.so (fe_cuda_*, fe_plan_*). Everything is plain C; a caller needs this header alone.
  *
  * Terms. A lookup reads `num_rows` x `num_tables` indices. Table t has V = num_embeddings rows of D = embedding_dim
- * columns. Its slice of the output starts at column D_0 + ... + D_{t-1}. One table is nn.Embedding; several are
- * their concatenation: output[b] = [table_0[x[b, 0]], table_1[x[b, 1]], ...].
+ * columns. One table is nn.Embedding. Several are combined, see FeCombination: C is the number of the output's columns.
  *
  * Sizes, strides and offsets are int64_t and count elements, not bytes, unless the name says bytes. Strides may be 0.
  * The innermost dimension of weight, grad_output, output and grad_weight is contiguous (stride 1).
@@ -48,6 +47,15 @@ typedef enum FeStatus {
 typedef enum FeScalarType { FE_FLOAT32 = 0, FE_FLOAT64 = 1, FE_FLOAT16 = 2, FE_BFLOAT16 = 3 } FeScalarType;
 typedef enum FeIndexType { FE_INT32 = 0, FE_INT64 = 1 } FeIndexType;
 
+typedef enum FeCombination {
+  /* output[b] = [table_0[x[b, 0]], table_1[x[b, 1]], ...]; C is the sum of D. Table t's slice of the output, and of its
+   * gradient, starts at column D_0 + ... + D_{t-1} */
+  FE_CONCAT = 0,
+  /* output[b] = table_0[x[b, 0]] + table_1[x[b, 1]] + ..., in this order, in float32 (float64 for float64), rounded
+   * once. All D are equal, to C. The gradient of the output is every table's */
+  FE_SUM = 1
+} FeCombination;
+
 typedef struct FeTable {
   int64_t num_embeddings; /* V >= 0 */
   int64_t embedding_dim;  /* D >= 0 */
@@ -66,8 +74,9 @@ typedef struct FeForwardArgs {
   int64_t index_row_stride;
   int64_t index_table_stride;
   const void* weight;
-  void* output;          /* [num_rows, sum of D], every element written */
-  int64_t output_stride; /* from a row to the next, >= sum of D */
+  void* output;          /* [num_rows, C], every element written */
+  int64_t output_stride; /* from a row to the next, >= C */
+  FeCombination combination;
 } FeForwardArgs;
 
 typedef struct FeBackwardArgs {
@@ -79,13 +88,14 @@ typedef struct FeBackwardArgs {
   const void* indices; /* as in FeForwardArgs */
   int64_t index_row_stride;
   int64_t index_table_stride;
-  const void* grad_output;    /* [num_rows, sum of D] */
+  const void* grad_output;    /* [num_rows, C] */
   int64_t grad_output_stride; /* from a row to the next; 0 for an expanded gradient */
   void*
       grad_weight; /* [grad_weight_numel], every element written, holes between tables with zero: need not be zeroed */
   int64_t grad_weight_numel;
   int32_t deterministic;      /* nonzero: the same bits in every run on one kind of device, at every thread count */
   int32_t scale_grad_by_freq; /* nonzero: a row's sum is divided by how many indices of its table name the row */
+  FeCombination combination;
 } FeBackwardArgs;
 
 /* The sparse gradient of one table holds the rows that are looked up, and none else. How many there are depends on the
@@ -103,8 +113,8 @@ typedef struct FeBackwardArgs {
 
 /* Workspace. Called with workspace == NULL a function only stores the bytes it needs in *workspace_bytes (>= 0).
  * Called with memory it uses at most *workspace_bytes of it, aligned to 256 bytes, with any content. The size depends
- * on sizes, types, flags and the device alone, never on the indices. Where it is 0 (always, for the CUDA forward) any
- * address but NULL will do, and no query is owed. */
+ * on sizes, types, flags and the device alone, never on the indices. Where it is 0 (always, for the CUDA forward of a
+ * concatenation) any address but NULL will do, and no query is owed. */
 
 /* ---- CPU ---------------------------------------------------------------------------------------------------- */
 

@@ -1,0 +1,288 @@
+// The forward of a sum: output[b] = table_0[x[b, 0]] + table_1[x[b, 1]] + ..., in this order, in float32 (float64 for
+// float64), rounded once. One launch for up to kMaxTables tables; more of them carry their sums from launch to launch.
+//
+// A block takes a few rows of the output. It first works out where the rows of all tables begin, once for all words of
+// a row: done for each word, addresses and checks would take twice the instructions of the sum itself. Then every
+// thread sums one word of the output at a time, of 16, 8, 4 or 2 bytes, with as many table rows in flight as 16
+// registers hold. Small tables are read from the L1, whose rate bounds this kernel: n rows are read for each that is
+// written.
+#include <algorithm>
+
+#include "forward.cuh"
+
+namespace fast_embedding {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kMaxTables = 64;    // in one launch: the parameters of a kernel end at 4 KB
+constexpr int kMaxStarts = 2048;  // of a block's table rows, 16 KB
+constexpr int kIndexUnroll = 4;   // index loads in flight in a thread
+constexpr int kMaxWordsOfThread = 4;
+constexpr int64_t kThreadsOfSm = 2048;
+static_assert(kMaxTables <= kThreads && kMaxTables <= kMaxStarts);
+
+// Words of kBytes that a thread has in flight.
+template <int kBytes>
+constexpr int kUnroll = kBytes == 16 ? 4 : 8;
+
+using Start = const char*;
+using StartPair = Pack<Start, 2>;  // read by one access
+
+struct SumTable {
+  Start weight;
+  uint32_t num_embeddings;
+  uint32_t row_bytes;  // from a row to the next
+};
+
+// A kernel that starts finds its parameters in no cache: few bytes of them, and those used together side by side.
+struct SumParams {
+  Divisor chunks_divisor;
+  int32_t chunks;  // of a row, each with a block of its own
+  int32_t rows_of_block;
+  int32_t num_tables;
+  Divisor tables_divisor;
+  FeIndexType index_type;
+  int64_t num_rows;
+  const void* indices;
+  int64_t index_row_stride;
+  int64_t index_table_stride;
+  int32_t words_of_row;
+  int32_t words_of_chunk;  // of the last one: up to this many
+  Divisor words_divisor;   // by words_of_chunk
+  int16_t is_first;
+  int16_t is_last;
+  void* output;
+  int64_t output_stride;
+  void* carried;  // accumulators: the sums of the tables of earlier launches
+  int64_t carried_stride;
+  SumTable table[kMaxTables];
+
+  // How many starts a row takes: pairs of them are read by one access.
+  __host__ __device__ int starts_of_row() const { return (num_tables + 1) / 2 * 2; }
+};
+
+// An index, but for the sign of an int32: taking that at once would make the next load wait for this one.
+__device__ inline int64_t load_unsigned(const SumParams& params, int64_t position) {
+  return params.index_type == FE_INT64 ? __ldg(static_cast<const long long*>(params.indices) + position)
+                                       : __ldg(static_cast<const unsigned int*>(params.indices) + position);
+}
+
+// Fills starts[row * starts_of_row() + t]: where the row of table t begins that is read for output row first_row + row.
+__device__ inline void find_rows(const SumParams& params, int64_t first_row, int num_rows, Start* starts) {
+  // A thread keeps to one table, whose parameters it then reads once: different ones cost a warp an access each.
+  const int first = static_cast<int>(params.tables_divisor.quotient(threadIdx.x));
+  const int t = threadIdx.x - first * params.num_tables;
+  const int step = static_cast<int>(params.tables_divisor.quotient(kThreads));
+  if (first >= step) return;
+  const SumTable table = params.table[t];
+  const int64_t position = first_row * params.index_row_stride + t * params.index_table_stride;
+  for (int begin = first; begin < num_rows; begin += kIndexUnroll * step) {
+    int64_t index[kIndexUnroll];
+#pragma unroll
+    for (int k = 0; k < kIndexUnroll; ++k) {
+      const int row = begin + k * step;
+      if (row < num_rows) index[k] = load_unsigned(params, position + row * params.index_row_stride);
+    }
+    // Only now: a check behind each load would make the next load wait for it.
+#pragma unroll
+    for (int k = 0; k < kIndexUnroll; ++k) {
+      const int row = begin + k * step;
+      if (row < num_rows) {
+        if (params.index_type == FE_INT32) index[k] = static_cast<int32_t>(index[k]);
+        check_index(index[k], table.num_embeddings);
+        starts[row * params.starts_of_row() + t] = table.weight + index[k] * table.row_bytes;
+      }
+    }
+  }
+}
+
+template <typename scalar_t, int kSize, typename word_t>
+__device__ inline void add_word(const word_t& word, acc_t<scalar_t> (&sum)[kSize]) {
+  static_assert(sizeof(word_t) == sizeof(scalar_t) * kSize);
+  if constexpr (std::is_same_v<scalar_t, __nv_bfloat16> && kSize % 2 == 0) {
+    // An instruction an element: the conversion of one bfloat16 takes two for the upper of a pair.
+    uint32_t pair[kSize / 2];
+    memcpy(pair, &word, sizeof(word));
+#pragma unroll
+    for (int j = 0; j < kSize; j += 2) {
+      sum[j] += __uint_as_float(pair[j / 2] << 16);
+      sum[j + 1] += __uint_as_float(pair[j / 2] & 0xffff0000u);
+    }
+  } else {
+    scalar_t value[kSize];
+    memcpy(value, &word, sizeof(word));
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sum[j] += widen(value[j]);
+  }
+}
+
+// sum += the words at the first `count` of starts, in order; all are in flight before the first is used.
+template <typename scalar_t, int kSize, int kRows>
+__device__ inline void add_words(const StartPair* starts, int64_t byte, int count, acc_t<scalar_t> (&sum)[kSize]) {
+  using word_t = typename Word<sizeof(scalar_t) * kSize>::type;
+  word_t word[kRows];
+#pragma unroll
+  for (int k = 0; k < kRows; k += 2) {
+    if (k < count) {
+      const StartPair pair = starts[k / 2];
+      word[k] = __ldg(reinterpret_cast<const word_t*>(pair.value[0] + byte));
+      if (k + 1 < count) word[k + 1] = __ldg(reinterpret_cast<const word_t*>(pair.value[1] + byte));
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) {
+    if (k < count) add_word<scalar_t>(word[k], sum);
+  }
+}
+
+template <typename scalar_t, int kSize>
+__global__ void __launch_bounds__(kThreads) sum_tables(const __grid_constant__ SumParams params) {
+  using sum_t = acc_t<scalar_t>;
+  using word_t = typename Word<sizeof(scalar_t) * kSize>::type;
+  constexpr int kRows = kUnroll<sizeof(word_t)>;
+  extern __shared__ __align__(16) char memory[];
+  Start* starts = reinterpret_cast<Start*>(memory);
+
+  const uint32_t group = params.chunks_divisor.quotient(blockIdx.x);
+  const int first_word = static_cast<int>(blockIdx.x - group * params.chunks) * params.words_of_chunk;
+  const int64_t first_row = static_cast<int64_t>(group) * params.rows_of_block;
+  const int num_rows = min(static_cast<int64_t>(params.rows_of_block), params.num_rows - first_row);
+  find_rows(params, first_row, num_rows, starts);
+  __syncthreads();
+
+  for (int i = threadIdx.x; i < num_rows * params.words_of_chunk; i += kThreads) {
+    const int row = static_cast<int>(params.words_divisor.quotient(i));
+    const int word = first_word + i - row * params.words_of_chunk;
+    if (word >= params.words_of_row) continue;
+    const int64_t column = static_cast<int64_t>(word) * kSize;
+    sum_t* carried = static_cast<sum_t*>(params.carried) + (first_row + row) * params.carried_stride + column;
+    sum_t sum[kSize] = {};
+    if (!params.is_first) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sum[j] = carried[j];
+    }
+    const StartPair* pairs = reinterpret_cast<const StartPair*>(starts + row * params.starts_of_row());
+    const int64_t byte = column * sizeof(scalar_t);
+    int t = 0;
+#pragma unroll 1
+    for (; t + kRows <= params.num_tables; t += kRows) {
+      add_words<scalar_t, kSize, kRows>(pairs + t / 2, byte, kRows, sum);
+    }
+    if (t < params.num_tables) {
+      add_words<scalar_t, kSize, kRows>(pairs + t / 2, byte, params.num_tables - t, sum);
+    }
+    if (params.is_last) {
+      Pack<scalar_t, kSize> pack;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) pack.value[j] = narrow<scalar_t>(sum[j]);
+      word_t rounded;
+      memcpy(&rounded, &pack, sizeof(rounded));
+      scalar_t* output = static_cast<scalar_t*>(params.output) + (first_row + row) * params.output_stride + column;
+      __stcs(reinterpret_cast<word_t*>(output), rounded);  // evict first: the output must not push out the tables
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) carried[j] = sum[j];
+    }
+  }
+}
+
+// Which rows and words a block takes: up to kMaxWordsOfThread a thread, and fewer where that leaves no SM idle.
+FeStatus lay_out_blocks(const FeForwardArgs& args, int64_t words, int num_sms, SumParams* params, unsigned* blocks) {
+  if (words > INT32_MAX / 2) return FE_UNSUPPORTED;
+  const int64_t share = words * args.num_rows / (num_sms * kThreadsOfSm);
+  const int64_t wanted = kThreads * std::clamp<int64_t>(share, 1, kMaxWordsOfThread);
+  const int64_t rows = std::min<int64_t>(ceil_div(wanted, words), kMaxStarts / params->starts_of_row());
+  const int64_t chunks = ceil_div(words, wanted);
+  params->rows_of_block = static_cast<int32_t>(rows);
+  params->words_of_row = static_cast<int32_t>(words);
+  params->chunks = static_cast<int32_t>(chunks);
+  params->words_of_chunk = static_cast<int32_t>(ceil_div(words, chunks));
+  params->chunks_divisor = Divisor(params->chunks);
+  params->words_divisor = Divisor(params->words_of_chunk);
+  const int64_t count = ceil_div(args.num_rows, rows) * chunks;
+  if (count > INT32_MAX) return FE_UNSUPPORTED;
+  *blocks = static_cast<unsigned>(count);
+  return FE_OK;
+}
+
+template <typename scalar_t>
+FeStatus launch(const SumParams& params, int word, unsigned blocks, cudaStream_t stream) {
+  const size_t shared_bytes = sizeof(Start) * params.rows_of_block * params.starts_of_row();
+  const auto run = [&](auto bytes) {
+    sum_tables<scalar_t, decltype(bytes)::value / static_cast<int>(sizeof(scalar_t))>
+        <<<blocks, kThreads, shared_bytes, stream>>>(params);
+    return check_cuda(cudaGetLastError(), "embedding_sum_forward");
+  };
+  if (word == 16) return run(std::integral_constant<int, 16>{});
+  if constexpr (sizeof(scalar_t) < 8) {
+    if (word == 4) return run(std::integral_constant<int, 4>{});
+  }
+  if constexpr (sizeof(scalar_t) < 4) {
+    if (word == 2) return run(std::integral_constant<int, 2>{});
+  }
+  return run(std::integral_constant<int, 8>{});
+}
+
+// The tables [first, last) of a call.
+FeStatus add_tables(const FeForwardArgs& args, int64_t first, int64_t last, void* carried, int64_t carried_stride,
+                    int num_sms, cudaStream_t stream) {
+  const int64_t scalar = scalar_bytes(args.scalar_type);
+  SumParams params;
+  for (int64_t t = first; t < last; ++t) {
+    const FeTable& table = args.tables[t];
+    const int64_t row_bytes = table.weight_stride * scalar;
+    if (table.num_embeddings > UINT32_MAX || row_bytes > UINT32_MAX) return FE_UNSUPPORTED;
+    params.table[t - first] = {static_cast<Start>(args.weight) + table.weight_offset * scalar,
+                               static_cast<uint32_t>(table.num_embeddings), static_cast<uint32_t>(row_bytes)};
+  }
+  params.num_tables = static_cast<int32_t>(last - first);
+  params.tables_divisor = Divisor(params.num_tables);
+  params.index_type = args.index_type;
+  params.indices =
+      static_cast<Start>(args.indices) + first * args.index_table_stride * (args.index_type == FE_INT64 ? 8 : 4);
+  params.index_row_stride = args.index_row_stride;
+  params.index_table_stride = args.index_table_stride;
+  params.num_rows = args.num_rows;
+  params.output = args.output;
+  params.output_stride = args.output_stride;
+  params.carried = carried;
+  params.carried_stride = carried_stride;
+  params.is_first = first == 0;
+  params.is_last = last == args.num_tables;
+  const int word = word_bytes(args, 0, args.num_tables, 0);
+  unsigned blocks = 0;
+  const FeStatus status = lay_out_blocks(args, args.tables[0].embedding_dim * scalar / word, num_sms, &params, &blocks);
+  if (status != FE_OK) return status;
+  return dispatch_scalar(args.scalar_type,
+                         [&](auto value) { return launch<decltype(value)>(params, word, blocks, stream); });
+}
+
+}  // namespace
+
+FeStatus sum_forward(const FeForwardArgs& args, void* workspace, size_t* workspace_bytes, cudaStream_t stream) {
+  const int64_t dim = args.tables[0].embedding_dim;
+  for (int64_t t = 1; t < args.num_tables; ++t) {
+    if (args.tables[t].embedding_dim != dim) return FE_INVALID_ARGUMENT;
+  }
+  // Sums that a later launch adds to stand in the output itself, unless that would round them.
+  const bool rounds = scalar_bytes(args.scalar_type) < accumulator_bytes(args.scalar_type);
+  const size_t needed = rounds && args.num_tables > kMaxTables ? args.num_rows * dim * sizeof(float) : 0;
+  if (workspace == nullptr) {
+    *workspace_bytes = needed;
+    return FE_OK;
+  }
+  if (*workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;
+  if (args.num_rows == 0 || dim == 0) return FE_OK;
+
+  const DeviceInfo* device = nullptr;
+  FeStatus status = device_info(&device);
+  void* carried = rounds ? workspace : args.output;
+  const int64_t carried_stride = rounds ? dim : args.output_stride;
+  for (int64_t first = 0; first < args.num_tables && status == FE_OK; first += kMaxTables) {
+    const int64_t last = std::min<int64_t>(first + kMaxTables, args.num_tables);
+    status = add_tables(args, first, last, carried, carried_stride, device->properties.num_sms, stream);
+  }
+  return status;
+}
+
+}  // namespace fast_embedding
