@@ -21,6 +21,7 @@
 
 #include "dispatch.h"
 #include "launch.h"
+#include "node.h"
 
 namespace fast_embedding {
 
@@ -287,37 +288,6 @@ struct EmbeddingBackwardFunction : torch::autograd::Function<EmbeddingBackwardFu
   }
 };
 
-#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR <= 15
-/// EmbeddingFunction::apply() where nothing records the call: the same node for the same backward. Without what serves
-/// any Function's outputs (views, inputs returned, tensors changed in place) a small lookup takes 0.4 us of 3.7 less.
-Tensor apply_untraced(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
-                      bool sparse) {
-  using Node = torch::autograd::CppNode<EmbeddingFunction>;
-#if TORCH_VERSION_MINOR >= 13
-  const auto node = c10::make_intrusive<Node>();
-#else
-  const std::shared_ptr<Node> node(new Node, torch::autograd::deleteNode);
-#endif
-  node->is_variable_input_ = {true, true, false, false, false};
-  node->set_ctx_grad_fn(node);
-  node->set_next_edges(torch::autograd::collect_next_edges(weight, indices));
-  node->ctx_.set_materialize_grads(false);  // no output_info_, then; backward() takes an undefined gradient
-  Tensor output;
-  {
-    const torch::autograd::AutoGradMode no_grad(false);
-    output = EmbeddingFunction::forward(&node->ctx_, weight, indices, padding_idx, scale_grad_by_freq, sparse);
-  }
-  torch::autograd::set_history(output, node);
-  node->save_variables_to_ctx();
-  return output;
-}
-#else  // a torch whose nodes may be built otherwise
-Tensor apply_untraced(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
-                      bool sparse) {
-  return EmbeddingFunction::apply(weight, indices, padding_idx, scale_grad_by_freq, sparse);
-}
-#endif
-
 Tensor embedding_autograd(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
                           bool sparse) {
   if (is_left_to_aten(weight) || (sparse && (scale_grad_by_freq || is_traced(weight, indices)))) {
@@ -326,8 +296,9 @@ Tensor embedding_autograd(const Tensor& weight, const Tensor& indices, int64_t p
   if (!needs_graph(weight)) {
     return embedding_below_autograd(weight, indices, padding_idx, scale_grad_by_freq, sparse);
   }
-  return is_traced(weight, indices) ? EmbeddingFunction::apply(weight, indices, padding_idx, scale_grad_by_freq, sparse)
-                                    : apply_untraced(weight, indices, padding_idx, scale_grad_by_freq, sparse);
+  return is_traced(weight, indices)
+             ? EmbeddingFunction::apply(weight, indices, padding_idx, scale_grad_by_freq, sparse)
+             : apply_untraced<EmbeddingFunction>(weight, indices, padding_idx, scale_grad_by_freq, sparse);
 }
 
 Tensor embedding_backward_autograd(const Tensor& grad_output, const Tensor& indices, c10::SymInt num_embeddings,

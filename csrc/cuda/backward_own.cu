@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kThreads) own_backward(const __grid_constant__
   for (int k = 0; k < kItems; ++k) {
     const int position = k * kThreads + threadIdx.x;
     if (position < params.num_indices) {
+      index[k] = signed_index(index[k], params.index_type);
       check_index(index[k], params.num_embeddings);
       const int64_t row = index[k] - first_row;
       if (row >= 0 && row < num_rows && index[k] != params.padding_idx) {

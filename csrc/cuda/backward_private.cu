@@ -61,7 +61,10 @@ __device__ inline void accumulate(const PrivateParams& params, acc_t<scalar_t>* 
     }
     bool in_range = true;  // checked together: a branch behind each load would make the next load wait for it
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) in_range = in_range && is_in_range(index[k], params.num_embeddings);
+    for (int k = 0; k < kUnroll; ++k) {
+      index[k] = signed_index(index[k], params.index_type);
+      in_range = in_range && is_in_range(index[k], params.num_embeddings);
+    }
     if (!in_range) {
 #pragma unroll
       for (int k = 0; k < kUnroll; ++k) check_index(index[k], params.num_embeddings);

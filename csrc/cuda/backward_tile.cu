@@ -127,9 +127,9 @@ __device__ inline uint32_t scan_counts(const TileShared& shared, const TileParam
 // Finds which of this thread's indices is out of range, and fails.
 static __noinline__ __device__ void fail_in_tile(const TileParams& params, const TileTable& table, int64_t first_row) {
   for (int64_t row = first_row + threadIdx.x; row < min(first_row + params.tile, params.num_rows); row += kThreads) {
-    check_index(load_index(params.indices, params.index_type,
-                           row * params.index_row_stride + table.index_column * params.index_table_stride),
-                table.num_embeddings);
+    const int64_t index = load_index(params.indices, params.index_type,
+                                     row * params.index_row_stride + table.index_column * params.index_table_stride);
+    check_index(signed_index(index, params.index_type), table.num_embeddings);
   }
 }
 
@@ -151,7 +151,7 @@ __device__ inline uint32_t group_tile(const TileShared& shared, const TileParams
       const int64_t index =
           load_index(params.indices, params.index_type,
                      (first_row + position) * params.index_row_stride + table.index_column * params.index_table_stride);
-      in_range = in_range && is_in_range(index, table.num_embeddings);
+      in_range = in_range && is_in_range(index, table.num_embeddings);  // nor is a negative int32, as V < 2^31
       row[k] = static_cast<uint32_t>(index);
       if (index != table.padding_idx) present |= 1u << k;
     }

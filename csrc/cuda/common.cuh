@@ -138,9 +138,14 @@ __device__ inline void fill_zero(void* begin, int64_t bytes, int64_t thread, int
 
 // ---- Indices ----
 
+// An index, but for the sign of an int32 (see signed_index): taking it would make the next load wait for this one.
 __device__ inline int64_t load_index(const void* indices, FeIndexType type, int64_t position) {
   return type == FE_INT64 ? __ldg(static_cast<const long long*>(indices) + position)
-                          : __ldg(static_cast<const int*>(indices) + position);
+                          : __ldg(static_cast<const unsigned int*>(indices) + position);
+}
+
+__device__ inline int64_t signed_index(int64_t index, FeIndexType type) {
+  return type == FE_INT64 ? index : static_cast<int32_t>(index);
 }
 
 // Out of line: the printing needs a stack frame that the kernels should not carry.

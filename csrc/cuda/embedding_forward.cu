@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kThreads)
   // Checked together: a branch behind each load would make the next load wait for it (measured: 1.4x).
 #pragma unroll
   for (int k = 0; k < kUnroll; ++k) {
+    index[k] = signed_index(index[k], params.index_type);
     in_range = in_range && (k * kThreads + threadIdx.x >= num_words || is_in_range(index[k], params.num_embeddings));
   }
   if (!in_range) {
@@ -146,6 +147,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
+      index[k] = signed_index(index[k], params.index_type);
       in_range = in_range && (table[k] < 0 || is_in_range(index[k], params.source[table[k]].num_embeddings));
     }
     if (!in_range) {

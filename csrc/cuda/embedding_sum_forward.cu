@@ -61,12 +61,6 @@ struct SumParams {
   __host__ __device__ int starts_of_row() const { return (num_tables + 1) / 2 * 2; }
 };
 
-// An index, but for the sign of an int32: taking that at once would make the next load wait for this one.
-__device__ inline int64_t load_unsigned(const SumParams& params, int64_t position) {
-  return params.index_type == FE_INT64 ? __ldg(static_cast<const long long*>(params.indices) + position)
-                                       : __ldg(static_cast<const unsigned int*>(params.indices) + position);
-}
-
 // Fills starts[row * starts_of_row() + t]: where the row of table t begins that is read for output row first_row + row.
 __device__ inline void find_rows(const SumParams& params, int64_t first_row, int num_rows, Start* starts) {
   // A thread keeps to one table, whose parameters it then reads once: different ones cost a warp an access each.
@@ -81,14 +75,16 @@ __device__ inline void find_rows(const SumParams& params, int64_t first_row, int
 #pragma unroll
     for (int k = 0; k < kIndexUnroll; ++k) {
       const int row = begin + k * step;
-      if (row < num_rows) index[k] = load_unsigned(params, position + row * params.index_row_stride);
+      if (row < num_rows) {
+        index[k] = load_index(params.indices, params.index_type, position + row * params.index_row_stride);
+      }
     }
     // Only now: a check behind each load would make the next load wait for it.
 #pragma unroll
     for (int k = 0; k < kIndexUnroll; ++k) {
       const int row = begin + k * step;
       if (row < num_rows) {
-        if (params.index_type == FE_INT32) index[k] = static_cast<int32_t>(index[k]);
+        index[k] = signed_index(index[k], params.index_type);
         check_index(index[k], table.num_embeddings);
         starts[row * params.starts_of_row() + t] = table.weight + index[k] * table.row_bytes;
       }

@@ -111,14 +111,17 @@ __device__ inline void read_tile(const SortParams& params, const Item& item, Til
       tile.entry[k].position = position;
       if (tile.has(k)) {
         const int64_t index = read_index(params, item.table, position);
-        in_range = in_range && is_in_range(index, item.table.num_embeddings);
+        in_range = in_range && is_in_range(index, item.table.num_embeddings);  // nor is a negative int32, as V < 2^31
         tile.entry[k].row = index == item.table.padding_idx ? item.table.num_embeddings : static_cast<uint32_t>(index);
       }
     }
     if (!in_range) {
       for (int k = 0; k < tile.items(); ++k) {
         const uint32_t at = tile.at(k);
-        if (at < tile.length) check_index(read_index(params, item.table, tile.begin + at), item.table.num_embeddings);
+        if (at < tile.length) {
+          const int64_t index = signed_index(read_index(params, item.table, tile.begin + at), params.index_type);
+          check_index(index, item.table.num_embeddings);
+        }
       }
     }
   } else {
