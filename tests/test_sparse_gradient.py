@@ -164,6 +164,16 @@ def test_gradients_that_are_not_coalesced_are_not_marked(device, layers):
     assert not layer.weight.grad.is_coalesced()
 
 
+def test_a_gradient_that_someone_holds_is_left_alone(device, layers):
+    """DDP's exchange reads it in another thread, in which a mark that comes meanwhile is an internal error of torch."""
+    layer, _ = layers
+    held = []
+    layer.weight.register_post_accumulate_grad_hook(lambda weight: held.append(weight.grad))
+    layer(torch.randint(500, (3000,), device=device)).sum().backward()
+    assert held[0] is layer.weight.grad
+    assert not held[0].is_coalesced()
+
+
 def test_hooks_see_the_coalesced_gradient(device, layers):
     layer, _ = layers
     indices = torch.randint(500, (3000,), device=device)

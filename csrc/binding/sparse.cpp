@@ -60,7 +60,8 @@ Tensor lookup_sparse_backward(const Tensor& grad_output, const Tensor& indices, 
 
 // Of a sparse gradient AccumulateGrad makes another tensor of the same memory, which it does not tell that it is
 // coalesced. A post hook on that node would stay there for as long as the node lives; a callback is gone with this
-// backward.
+// backward. Whoever holds the tensor by then may be reading it, as DDP's exchange does in a thread of its own: then it
+// stays as it is.
 void keep_coalesced(const Tensor& gradient) {
   const auto node = torch::autograd::get_current_node();
   if (!node) {
@@ -72,8 +73,8 @@ void keep_coalesced(const Tensor& gradient) {
   }
   const auto mark = [weight = accumulator->variable, rows = gradient._indices()] {
     const Tensor& grad = weight.grad();
-    if (grad.defined() && grad.is_sparse() && !grad.is_coalesced() && grad._nnz() == rows.size(1) &&
-        grad._indices().const_data_ptr() == rows.const_data_ptr()) {
+    if (grad.defined() && grad.use_count() == 1 && grad.is_sparse() && !grad.is_coalesced() &&
+        grad._nnz() == rows.size(1) && grad._indices().const_data_ptr() == rows.const_data_ptr()) {
       grad._coalesced_(true);
     }
   };
