@@ -181,13 +181,14 @@ Tensor embedding_backward_below_autograd(const Tensor& grad_output, const Tensor
 
 /// ATen's own where the call is recorded, or where the gradient has a graph: its rows are not summed, so that they can
 /// be derived from.
-Tensor embedding_sparse_backward(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings,
+Tensor embedding_sparse_backward(const Tensor& grad_output, const Tensor& indices, const Tensor& weight,
                                  int64_t padding_idx) {
+  const int64_t num_embeddings = weight.size(0);
   if (!needs_graph(grad_output) && !is_traced(grad_output, indices)) {
     check_backward(grad_output, indices, num_embeddings, padding_idx);
     Tensor gradient = lookup_sparse_backward(grad_output, indices, num_embeddings, padding_idx);
     if (gradient.defined()) {
-      keep_coalesced(gradient);
+      keep_coalesced(weight, gradient);
       return gradient;
     }
   }
@@ -236,6 +237,9 @@ struct EmbeddingFunction : torch::autograd::Function<EmbeddingFunction> {
     ctx->save_for_backward({indices});
     ctx->saved_data["num_embeddings"] = weight.sym_size(0);
     Options{padding_idx, scale_grad_by_freq, sparse}.save(ctx);
+    if (sparse) {
+      ctx->saved_data["weight"] = weight;  // whose .grad it will be; its values play no part, and may change
+    }
     return embedding_below_autograd(weight, indices, padding_idx, scale_grad_by_freq, sparse);
   }
 
@@ -247,8 +251,8 @@ struct EmbeddingFunction : torch::autograd::Function<EmbeddingFunction> {
       c10::SymInt num_embeddings = ctx->saved_data["num_embeddings"].toSymInt();
       const Options options = Options::saved(ctx);
       if (options.sparse) {
-        grad_weight = embedding_sparse_backward(grad_output, indices, num_embeddings.guard_int(__FILE__, __LINE__),
-                                                options.padding_idx);
+        grad_weight =
+            embedding_sparse_backward(grad_output, indices, ctx->saved_data["weight"].toTensor(), options.padding_idx);
       } else if (needs_graph(grad_output) || is_traced(grad_output, indices)) {
         grad_weight = call_embedding_backward(grad_output, indices, std::move(num_embeddings), options.padding_idx,
                                               options.scale_grad_by_freq);

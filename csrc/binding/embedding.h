@@ -34,7 +34,7 @@ at::Tensor lookup_backward(const at::Tensor& grad_output, const at::Tensor& indi
 at::Tensor lookup_sparse_backward(const at::Tensor& grad_output, const at::Tensor& indices, int64_t num_embeddings,
                                   int64_t padding_idx);
 
-/// From a node's backward: lets the weight's .grad be coalesced like the gradient that comes of it.
-void keep_coalesced(const at::Tensor& gradient);
+/// From a node's backward: lets the weight's .grad be coalesced like the gradient that it comes of.
+void keep_coalesced(const at::Tensor& weight, const at::Tensor& gradient);
 
 }  // namespace fast_embedding

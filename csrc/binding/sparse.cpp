@@ -3,8 +3,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/engine.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/accumulate_grad.h>
 
 #include "embedding.h"
 
@@ -62,16 +60,11 @@ Tensor lookup_sparse_backward(const Tensor& grad_output, const Tensor& indices, 
 // coalesced. A post hook on that node would stay there for as long as the node lives; a callback is gone with this
 // backward. Whoever holds the tensor by then may be reading it, as DDP's exchange does in a thread of its own: then it
 // stays as it is.
-void keep_coalesced(const Tensor& gradient) {
-  const auto node = torch::autograd::get_current_node();
-  if (!node) {
+void keep_coalesced(const Tensor& weight, const Tensor& gradient) {
+  if (!weight.is_leaf()) {
     return;
   }
-  const auto* accumulator = dynamic_cast<torch::autograd::AccumulateGrad*>(node->next_edge(0).function.get());
-  if (accumulator == nullptr) {
-    return;
-  }
-  const auto mark = [weight = accumulator->variable, rows = gradient._indices()] {
+  const auto mark = [weight, rows = gradient._indices()] {
     const Tensor& grad = weight.grad();
     if (grad.defined() && grad.use_count() == 1 && grad.is_sparse() && !grad.is_coalesced() &&
         grad._nnz() == rows.size(1) && grad._indices().const_data_ptr() == rows.const_data_ptr()) {
