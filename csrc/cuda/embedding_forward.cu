@@ -45,12 +45,11 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t offset = k * kThreads + threadIdx.x;
     const uint32_t row = params.words_divisor.quotient(first_word + offset);
     word[k] = first_word + offset - row * params.words_per_row;
-    index[k] = offset < num_words ? load_index(params.indices, params.index_type, first_row + row) : 0;
+    index[k] = offset < num_words ? load_signed_index(params.indices, params.index_type, first_row + row) : 0;
   }
   // Checked together: a branch behind each load would make the next load wait for it (measured: 1.4x).
 #pragma unroll
   for (int k = 0; k < kUnroll; ++k) {
-    index[k] = signed_index(index[k], params.index_type);
     in_range = in_range && (k * kThreads + threadIdx.x >= num_words || is_in_range(index[k], params.num_embeddings));
   }
   if (!in_range) {
