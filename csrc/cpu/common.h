@@ -53,6 +53,22 @@ inline int64_t scalar_bytes(FeScalarType type) {
   return 0;
 }
 
+// Calls f with a value of the C++ type that stands for `type`.
+template <typename Function>
+FeStatus dispatch_scalar(FeScalarType type, const Function& f) {
+  switch (type) {
+    case FE_FLOAT32:
+      return f(float{});
+    case FE_FLOAT64:
+      return f(double{});
+    case FE_FLOAT16:
+      return f(Float16{});
+    case FE_BFLOAT16:
+      return f(BFloat16{});
+  }
+  return FE_INVALID_ARGUMENT;
+}
+
 // The [num_rows, num_tables] indices of a lookup, int32 or int64, any strides.
 class Indices {
  public:

@@ -677,22 +677,6 @@ FeStatus run_sparse(const FeBackwardArgs& args, int64_t num_embeddings, int64_t*
   return FE_OK;
 }
 
-// Calls f with a value of the C++ type that stands for `type`.
-template <typename Function>
-FeStatus dispatch_scalar(FeScalarType type, const Function& f) {
-  switch (type) {
-    case FE_FLOAT32:
-      return f(float{});
-    case FE_FLOAT64:
-      return f(double{});
-    case FE_FLOAT16:
-      return f(Float16{});
-    case FE_BFLOAT16:
-      return f(BFloat16{});
-  }
-  return FE_INVALID_ARGUMENT;
-}
-
 // The call as that of a dense gradient of `rows` rows.
 struct NumberedCall {
   NumberedCall(const FeBackwardArgs& source, int64_t rows) : args(source), table(source.tables[0]) {

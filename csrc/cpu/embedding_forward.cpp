@@ -76,16 +76,10 @@ void sum_rows(const FeForwardArgs& args, const Indices& indices, const RowKernel
 
 void sum_rows_of(const FeForwardArgs& args, const Indices& indices, const RowKernels& kernels, int64_t begin,
                  int64_t end) {
-  switch (args.scalar_type) {
-    case FE_FLOAT32:
-      return sum_rows<float>(args, indices, kernels, begin, end);
-    case FE_FLOAT64:
-      return sum_rows<double>(args, indices, kernels, begin, end);
-    case FE_FLOAT16:
-      return sum_rows<Float16>(args, indices, kernels, begin, end);
-    case FE_BFLOAT16:
-      return sum_rows<BFloat16>(args, indices, kernels, begin, end);
-  }
+  dispatch_scalar(args.scalar_type, [&](auto scalar) {
+    sum_rows<decltype(scalar)>(args, indices, kernels, begin, end);
+    return FE_OK;
+  });
 }
 
 }  // namespace
