@@ -75,12 +75,7 @@ def run(shape: LookupShape, dtype: torch.dtype, session: Session) -> dict[str, o
         element_size=dtype.itemsize,
     )
     return {
-        "label": shape.label,
-        "num_embeddings": shape.num_embeddings,
-        "embedding_dim": shape.embedding_dim,
-        "num_indices": shape.num_indices,
-        "distribution": shape.distribution,
-        "note": shape.note,
+        **shape.as_dict(),
         "dtype": str(dtype).removeprefix("torch."),
         "distinct": distinct,
         **measure(

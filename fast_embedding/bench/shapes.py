@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 import torch
@@ -39,6 +39,10 @@ class LookupShape:
     @property
     def label(self) -> str:
         return f"{self.num_embeddings} x {self.embedding_dim}, {self.num_indices} {self.distribution}"
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON, with the label."""
+        return {"label": self.label, **asdict(self)}
 
     def draw(self, seed: int) -> Tensor:
         """int64 ``[num_indices]`` on the CPU, the same for each device."""

@@ -77,12 +77,7 @@ def run(shape: LookupShape, dtype: torch.dtype, session: Session) -> dict[str, o
         for name, timing in interleave(samplers, session.effort).items():
             times[name][pass_] = timing.as_dict()
     return {
-        "label": shape.label,
-        "num_embeddings": shape.num_embeddings,
-        "embedding_dim": shape.embedding_dim,
-        "num_indices": shape.num_indices,
-        "distribution": shape.distribution,
-        "note": shape.note,
+        **shape.as_dict(),
         "dtype": str(dtype).removeprefix("torch."),
         "distinct": count_distinct(indices),
         "gradient_error": error,
