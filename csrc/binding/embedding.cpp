@@ -15,9 +15,7 @@
 #include <ATen/ops/embedding_sparse_backward.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include "dispatch.h"
 #include "launch.h"
@@ -200,7 +198,7 @@ Tensor embedding_sparse_backward(const Tensor& grad_output, const Tensor& indice
 struct Options {
   int64_t padding_idx = -1;
   bool scale_grad_by_freq = false;
-  bool sparse = false;
+  Tensor weight;  // of a sparse gradient alone: whose .grad it will be. Its values play no part, and may change
 
   void save(AutogradContext* ctx) const {
     if (padding_idx >= 0) {
@@ -209,8 +207,8 @@ struct Options {
     if (scale_grad_by_freq) {
       ctx->saved_data["scale_grad_by_freq"] = true;
     }
-    if (sparse) {
-      ctx->saved_data["sparse"] = true;
+    if (weight.defined()) {
+      ctx->saved_data["weight"] = weight;
     }
   }
 
@@ -221,8 +219,8 @@ struct Options {
         options.padding_idx = value.toInt();
       } else if (name == "scale_grad_by_freq") {
         options.scale_grad_by_freq = true;
-      } else if (name == "sparse") {
-        options.sparse = true;
+      } else if (name == "weight") {
+        options.weight = value.toTensor();
       }
     }
     return options;
@@ -236,10 +234,7 @@ struct EmbeddingFunction : torch::autograd::Function<EmbeddingFunction> {
                         bool scale_grad_by_freq, bool sparse) {
     ctx->save_for_backward({indices});
     ctx->saved_data["num_embeddings"] = weight.sym_size(0);
-    Options{padding_idx, scale_grad_by_freq, sparse}.save(ctx);
-    if (sparse) {
-      ctx->saved_data["weight"] = weight;  // whose .grad it will be; its values play no part, and may change
-    }
+    Options{padding_idx, scale_grad_by_freq, sparse ? weight : Tensor()}.save(ctx);
     return embedding_below_autograd(weight, indices, padding_idx, scale_grad_by_freq, sparse);
   }
 
@@ -250,9 +245,8 @@ struct EmbeddingFunction : torch::autograd::Function<EmbeddingFunction> {
       const Tensor indices = ctx->get_saved_variables()[0];
       c10::SymInt num_embeddings = ctx->saved_data["num_embeddings"].toSymInt();
       const Options options = Options::saved(ctx);
-      if (options.sparse) {
-        grad_weight =
-            embedding_sparse_backward(grad_output, indices, ctx->saved_data["weight"].toTensor(), options.padding_idx);
+      if (options.weight.defined()) {
+        grad_weight = embedding_sparse_backward(grad_output, indices, options.weight, options.padding_idx);
       } else if (needs_graph(grad_output) || is_traced(grad_output, indices)) {
         grad_weight = call_embedding_backward(grad_output, indices, std::move(num_embeddings), options.padding_idx,
                                               options.scale_grad_by_freq);
