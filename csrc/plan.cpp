@@ -27,10 +27,12 @@ constexpr int64_t kMinSortGradientBytes16 = int64_t{32} << 20;
 constexpr int64_t kAlwaysSortRowBytes16 = 1024;
 constexpr int64_t kMinSortRows16 = 64;
 constexpr int kTileBlocksPerSm = 3;
-constexpr int kTileStep = 256;
+constexpr int kTileStep = 32;
+constexpr int kMaxTile = 1024;
 constexpr int kPartStep = 32;
 constexpr int64_t kRoomyShared = 112 << 10;
-constexpr int kChunkBytes = 64 * 16;  // of a row that a block takes: 64 threads, 16 bytes each
+constexpr int kChunkBytes = 64 * 16;   // of a row that a block takes: 64 threads, 16 bytes each
+constexpr int kChunkBytes16 = 64 * 8;  // the same in TILE for 16-bit types, which sum as many columns
 
 int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
 int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
@@ -75,9 +77,13 @@ void plan_tile(const FePlanQuery& query, FePlan* plan) {
   // The smallest tile with which all work is under way at once: larger ones merge more indices of a row before they
   // touch memory, but leave SMs idle.
   const double row_bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
-  const double chunks = std::max(1.0, std::ceil(row_bytes / kChunkBytes)) * static_cast<double>(query.num_tables);
-  const double tile = static_cast<double>(query.num_indices) * chunks / (kTileBlocksPerSm * query.device.num_sms);
-  plan->tile = static_cast<int32_t>(std::clamp(std::ceil(tile / kTileStep) * kTileStep, 256.0, 1024.0));
+  const int chunk_bytes = scalar_bytes(query.scalar_type) == 2 ? kChunkBytes16 : kChunkBytes;
+  const double chunks = std::max(1.0, std::ceil(row_bytes / chunk_bytes)) * static_cast<double>(query.num_tables);
+  const double blocks = static_cast<double>(kTileBlocksPerSm) * query.device.num_sms;
+  const double lookups = static_cast<double>(query.num_indices) * chunks;
+  const double rounds = std::max(1.0, std::ceil(lookups / (blocks * kMaxTile)));  // of equal tiles
+  const double tile = std::ceil(lookups / (blocks * rounds) / kTileStep) * kTileStep;
+  plan->tile = static_cast<int32_t>(std::clamp<double>(tile, kTileStep, kMaxTile));
   plan->float32_scratch = scalar_bytes(query.scalar_type) == 2;
 }
 
