@@ -36,16 +36,24 @@ int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4
 int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
 
 // Where a sort costs less than TILE's atomics. 16-bit types pay more for those: they go to a float32 copy, which is
-// read once more to be rounded.
+// read once more to be rounded. A sort costs by the lookup and atomics by the byte, so with tables of mixed width it is
+// the mean row that decides, not the widest.
 bool sorting_pays(const FePlanQuery& query) {
-  const int64_t row_bytes = query.embedding_dim * scalar_bytes(query.scalar_type);
-  const double gradient_bytes = static_cast<double>(query.num_indices) * query.num_tables * row_bytes;
+  const double all_rows_bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
+  const double row_bytes = all_rows_bytes / static_cast<double>(std::max<int64_t>(query.num_tables, 1));
+  const double gradient_bytes = static_cast<double>(query.num_indices) * all_rows_bytes;
   if (scalar_bytes(query.scalar_type) != 2) {
     return row_bytes >= kMinSortRowBytes && gradient_bytes >= kMinSortGradientBytes;
   }
   return query.num_embeddings >= kMinSortRows16 &&
          (row_bytes >= kAlwaysSortRowBytes16 ||
           (row_bytes >= kMinSortRowBytes16 && gradient_bytes >= kMinSortGradientBytes16));
+}
+
+// Of all tables' rows side by side: a chunk belongs to one table.
+double chunks(const FePlanQuery& query) {
+  const double bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
+  return std::max({1.0, static_cast<double>(query.num_tables), std::ceil(bytes / kChunkBytes)});
 }
 
 // A thread owns one column of one copy of the table in shared memory, so threads * V accumulators must fit.
@@ -74,18 +82,14 @@ void plan_tile(const FePlanQuery& query, FePlan* plan) {
   plan->strategy = FE_STRATEGY_TILE;
   // The smallest tile with which all work is under way at once: larger ones merge more indices of a row before they
   // touch memory, but leave SMs idle.
-  const double row_bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
-  const double chunks = std::max(1.0, std::ceil(row_bytes / kChunkBytes)) * static_cast<double>(query.num_tables);
-  const double tile = static_cast<double>(query.num_indices) * chunks / (kTileBlocksPerSm * query.device.num_sms);
+  const double tile = static_cast<double>(query.num_indices) * chunks(query) / (kTileBlocksPerSm * query.device.num_sms);
   plan->tile = static_cast<int32_t>(std::clamp(std::ceil(tile / kTileStep) * kTileStep, 256.0, 1024.0));
   plan->float32_scratch = scalar_bytes(query.scalar_type) == 2;
 }
 
 void plan_sort(const FePlanQuery& query, FePlan* plan) {
   plan->strategy = FE_STRATEGY_SORT;
-  const double row_bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
-  const double chunks = std::max(1.0, std::ceil(row_bytes / kChunkBytes)) * static_cast<double>(query.num_tables);
-  const double part = static_cast<double>(query.num_indices) * chunks / (kTileBlocksPerSm * query.device.num_sms);
+  const double part = static_cast<double>(query.num_indices) * chunks(query) / (kTileBlocksPerSm * query.device.num_sms);
   plan->tile = static_cast<int32_t>(std::clamp(std::ceil(part / kPartStep) * kPartStep, 64.0, 1024.0));
   // Counters take 20 KB at eight bits and 80 KB at ten, the entries that are put in order eight bytes each.
   const bool roomy = query.device.shared_bytes_per_block >= kRoomyShared;

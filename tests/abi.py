@@ -12,7 +12,7 @@ INT32, INT64 = range(2)
 CONCAT, SUM = range(2)
 OWN, PRIVATE, TILE, SORT = range(4)
 STRATEGIES = {OWN: "own", PRIVATE: "private", TILE: "tile", SORT: "sort"}
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 
 class Table(Structure):

@@ -78,6 +78,13 @@ def test_sixteen_bits_sort_where_atomics_cost_more(plan, scalar_type):
     assert plan(256, 64, 65536, scalar_type).strategy == abi.TILE
 
 
+def test_one_wide_table_among_narrow_ones_makes_no_sort_pay(plan):
+    """A sort costs by the lookup: it is the mean row that must be long. Sizes: 1116 x 81 and 23 of 3 to 15 columns."""
+    for scalar_type in range(4):
+        assert plan(1409, 217, 65536, scalar_type, num_tables=24).strategy == abi.TILE
+    assert plan(24 * 1116, 24 * 81, 65536, abi.BFLOAT16, num_tables=24).strategy == abi.SORT
+
+
 @pytest.mark.parametrize("scalar_type", range(4))
 def test_frequencies_are_known_to_two_strategies(plan, scalar_type):
     for v, d, n in ((1, 4, 1 << 20), (100, 16, 65536), (1000, 64, 128), (10, 4, 2048), (50257, 768, 16384)):

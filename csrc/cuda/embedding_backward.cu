@@ -41,7 +41,7 @@ FePlanQuery plan_query(const BackwardCall& call, const DeviceInfo& device) {
   query.num_tables = static_cast<int64_t>(call.tables.size());
   for (const TableSlice& table : call.tables) {
     query.num_embeddings += table.num_embeddings;
-    query.embedding_dim = std::max(query.embedding_dim, table.embedding_dim);
+    query.embedding_dim += table.embedding_dim;
   }
   query.num_indices = args.num_rows;
   query.grad_weight_numel = args.grad_weight_numel;

@@ -33,7 +33,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a meaning changes; the binding refuses a library of another version. */
-#define FE_ABI_VERSION 3
+#define FE_ABI_VERSION 4
 
 typedef enum FeStatus {
   FE_OK = 0,
@@ -181,7 +181,7 @@ typedef struct FePlanQuery {
   FeScalarType scalar_type;
   int64_t num_tables;
   int64_t num_embeddings; /* V, of all tables together */
-  int64_t embedding_dim;  /* D, the largest */
+  int64_t embedding_dim;  /* D, of all tables together */
   int64_t num_indices;    /* N, of one table */
   int64_t grad_weight_numel;
   int32_t deterministic;
