@@ -26,6 +26,16 @@ constexpr int64_t kMinSortRowBytes16 = 128;
 constexpr int64_t kMinSortGradientBytes16 = int64_t{32} << 20;
 constexpr int64_t kAlwaysSortRowBytes16 = 1024;
 constexpr int64_t kMinSortRows16 = 64;
+// What small tables beside others cost, in microseconds on 132 SMs: a lookup in TILE and in SORT, a column of one in
+// PRIVATE, and what PRIVATE's launch adds where others run too, and where it takes the place of TILE's.
+constexpr double kTileLookupUs = 42e-6;
+constexpr double kSortLookupUs = 85e-6;
+constexpr double kPrivateColumnUs = 2.2e-6;
+constexpr double kPrivateLaunchUs = 9;
+constexpr double kPrivateForTileUs = 3;
+constexpr double kMeasuredSms = 132;
+constexpr int kMinPrivateThreadsForMany = 512;
+constexpr int64_t kMaxPrivateNumelForMany = 16384;  // each block leaves as many sums
 constexpr int kTileBlocksPerSm = 3;
 constexpr int kTileStep = 256;
 constexpr int kPartStep = 32;
@@ -78,18 +88,25 @@ bool plan_private(const FePlanQuery& query, bool instead_of_sort, FePlan* plan) 
   return true;
 }
 
+int64_t private_threads(int64_t num_embeddings, FeScalarType type, const FeDevice& device) {
+  const int64_t fitting = device.shared_bytes_per_block / (num_embeddings * accumulator_bytes(type) + 1);
+  return std::min<int64_t>(fitting, kMaxPrivateThreads) / 32 * 32;
+}
+
 void plan_tile(const FePlanQuery& query, FePlan* plan) {
   plan->strategy = FE_STRATEGY_TILE;
   // The smallest tile with which all work is under way at once: larger ones merge more indices of a row before they
   // touch memory, but leave SMs idle.
-  const double tile = static_cast<double>(query.num_indices) * chunks(query) / (kTileBlocksPerSm * query.device.num_sms);
+  const double tile =
+      static_cast<double>(query.num_indices) * chunks(query) / (kTileBlocksPerSm * query.device.num_sms);
   plan->tile = static_cast<int32_t>(std::clamp(std::ceil(tile / kTileStep) * kTileStep, 256.0, 1024.0));
   plan->float32_scratch = scalar_bytes(query.scalar_type) == 2;
 }
 
 void plan_sort(const FePlanQuery& query, FePlan* plan) {
   plan->strategy = FE_STRATEGY_SORT;
-  const double part = static_cast<double>(query.num_indices) * chunks(query) / (kTileBlocksPerSm * query.device.num_sms);
+  const double part =
+      static_cast<double>(query.num_indices) * chunks(query) / (kTileBlocksPerSm * query.device.num_sms);
   plan->tile = static_cast<int32_t>(std::clamp(std::ceil(part / kPartStep) * kPartStep, 64.0, 1024.0));
   // Counters take 20 KB at eight bits and 80 KB at ten, the entries that are put in order eight bytes each.
   const bool roomy = query.device.shared_bytes_per_block >= kRoomyShared;
@@ -123,5 +140,44 @@ extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan*
   } else {
     plan_tile(*query, plan);
   }
+  return FE_OK;
+}
+
+extern "C" FeStatus fe_plan_private_tables(const FeBackwardArgs* args, const FeDevice* device, uint8_t* chosen,
+                                           FePlan* plan) {
+  if (args == nullptr || device == nullptr || chosen == nullptr || plan == nullptr) return FE_INVALID_ARGUMENT;
+  *plan = FePlan{};
+  plan->strategy = FE_STRATEGY_PRIVATE;
+  std::fill(chosen, chosen + args->num_tables, uint8_t{0});
+  if (args->num_tables < 2 || args->scale_grad_by_freq || args->num_rows > kMaxIndices) return FE_OK;
+
+  // TILE and SORT cost by the lookup while rows are short, PRIVATE by the column.
+  const double lookup = args->deterministic ? kSortLookupUs : kTileLookupUs;
+  double saved = 0;
+  int64_t numel = 0;
+  int64_t largest = 0;
+  int64_t count = 0;
+  for (int64_t t = 0; t < args->num_tables; ++t) {
+    const FeTable& table = args->tables[t];
+    const double saves = lookup - kPrivateColumnUs * static_cast<double>(table.embedding_dim);
+    if (table.num_embeddings == 0 || table.embedding_dim == 0 || saves <= 0 ||
+        table.num_embeddings > kMaxPrivateNumelForMany / table.embedding_dim ||
+        numel + table.num_embeddings * table.embedding_dim > kMaxPrivateNumelForMany ||
+        private_threads(table.num_embeddings, args->scalar_type, *device) < kMinPrivateThreadsForMany) {
+      continue;
+    }
+    chosen[t] = 1;
+    ++count;
+    numel += table.num_embeddings * table.embedding_dim;
+    largest = std::max(largest, table.num_embeddings);
+    saved += saves;
+  }
+  const double launch = count < args->num_tables ? kPrivateLaunchUs : args->deterministic ? 0 : kPrivateForTileUs;
+  if (count == 0 || saved * static_cast<double>(args->num_rows) * kMeasuredSms / device->num_sms < launch) {
+    std::fill(chosen, chosen + args->num_tables, uint8_t{0});
+    return FE_OK;
+  }
+  plan->threads = static_cast<int32_t>(private_threads(largest, args->scalar_type, *device));
+  plan->splits = device->num_sms;
   return FE_OK;
 }
