@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
+#include <vector>
 
 #include "fast_embedding.h"
 
@@ -31,11 +33,17 @@ constexpr int64_t kMinSortRows16 = 64;
 constexpr double kTileLookupUs = 42e-6;
 constexpr double kSortLookupUs = 85e-6;
 constexpr double kPrivateColumnUs = 2.2e-6;
+constexpr double kGradientColumnUs = 1e-6;    // of a long row in TILE and SORT
+constexpr double kPrivateSumChunkUs = 25e-6;  // of a table's row in PRIVATE's form for sums, up to 64 columns
 constexpr double kPrivateLaunchUs = 9;
 constexpr double kPrivateForTileUs = 3;
 constexpr double kMeasuredSms = 132;
 constexpr int kMinPrivateThreadsForMany = 512;
-constexpr int64_t kMaxPrivateNumelForMany = 16384;  // each block leaves as many sums
+constexpr int64_t kMaxPrivateNumelForMany = 16384;  // a block leaves as many sums
+constexpr int kPrivateSumCopies = 4;
+constexpr int kPrivateSumColumns = 64;
+constexpr int64_t kPrivateSumPlaceBytes = 2048;
+constexpr int64_t kMaxSumTables = 16;
 constexpr int kTileBlocksPerSm = 3;
 constexpr int kTileStep = 256;
 constexpr int kPartStep = 32;
@@ -88,11 +96,6 @@ bool plan_private(const FePlanQuery& query, bool instead_of_sort, FePlan* plan) 
   return true;
 }
 
-int64_t private_threads(int64_t num_embeddings, FeScalarType type, const FeDevice& device) {
-  const int64_t fitting = device.shared_bytes_per_block / (num_embeddings * accumulator_bytes(type) + 1);
-  return std::min<int64_t>(fitting, kMaxPrivateThreads) / 32 * 32;
-}
-
 void plan_tile(const FePlanQuery& query, FePlan* plan) {
   plan->strategy = FE_STRATEGY_TILE;
   // The smallest tile with which all work is under way at once: larger ones merge more indices of a row before they
@@ -113,6 +116,67 @@ void plan_sort(const FePlanQuery& query, FePlan* plan) {
   plan->digit_bits = roomy ? 10 : 8;
   plan->sort_tile = roomy ? 8192 : 4096;
 }
+
+std::vector<int64_t> ascending_by_rows(const FeBackwardArgs& args) {
+  std::vector<int64_t> order(args.num_tables);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return args.tables[a].num_embeddings < args.tables[b].num_embeddings; });
+  return order;
+}
+
+// The tables that share a launch of PRIVATE: what each saves, and whether one more fits shared memory.
+class PrivateTables {
+ public:
+  PrivateTables(const FeBackwardArgs& args, const FeDevice& device) : args_(args), device_(device) {}
+
+  int64_t count() const { return count_; }
+  int32_t threads() const { return sums() ? kPrivateSumCopies * 32 : static_cast<int32_t>(threads_for(most_rows_)); }
+
+  // Microseconds a lookup.
+  double saves(const FeTable& table) const {
+    const double columns = static_cast<double>(table.embedding_dim);
+    const double lookup = args_.deterministic ? kSortLookupUs : kTileLookupUs;
+    if (!sums()) return lookup - kPrivateColumnUs * columns;
+    return lookup + kGradientColumnUs * columns - kPrivateSumChunkUs * std::ceil(columns / kPrivateSumColumns);
+  }
+
+  // Whether the table fits beside those that are taken, and takes it.
+  bool take(const FeTable& table) {
+    if (table.num_embeddings == 0 || table.embedding_dim == 0) return false;
+    const int64_t rows = rows_ + table.num_embeddings;
+    const int64_t most_rows = std::max(most_rows_, table.num_embeddings);
+    const int64_t numel = numel_ + table.num_embeddings * table.embedding_dim;
+    const bool fits = sums() ? count_ < kMaxSumTables && sum_bytes(rows) <= device_.shared_bytes_per_block &&
+                                   table.embedding_dim <= kPrivateSumColumns * device_.num_sms
+                             : numel <= kMaxPrivateNumelForMany && threads_for(most_rows) >= kMinPrivateThreadsForMany;
+    if (!fits) return false;
+    ++count_;
+    rows_ = rows;
+    most_rows_ = most_rows;
+    numel_ = numel;
+    return true;
+  }
+
+ private:
+  bool sums() const { return args_.combination == FE_SUM; }
+  int64_t threads_for(int64_t rows) const {
+    const int64_t fitting = device_.shared_bytes_per_block / (rows * accumulator_bytes(args_.scalar_type) + 1);
+    return std::min<int64_t>(fitting, kMaxPrivateThreads) / 32 * 32;
+  }
+  // Of copies of all tables, with a row to spare in each, and of a batch's places.
+  int64_t sum_bytes(int64_t rows) const {
+    const int64_t copy_bytes = (rows + 1) * kPrivateSumColumns * accumulator_bytes(args_.scalar_type);
+    return kPrivateSumCopies * (copy_bytes + kPrivateSumPlaceBytes);
+  }
+
+  const FeBackwardArgs& args_;
+  const FeDevice& device_;
+  int64_t count_ = 0;
+  int64_t rows_ = 0;
+  int64_t most_rows_ = 0;
+  int64_t numel_ = 0;
+};
 
 }  // namespace
 
@@ -151,33 +215,22 @@ extern "C" FeStatus fe_plan_private_tables(const FeBackwardArgs* args, const FeD
   std::fill(chosen, chosen + args->num_tables, uint8_t{0});
   if (args->num_tables < 2 || args->scale_grad_by_freq || args->num_rows > kMaxIndices) return FE_OK;
 
-  // TILE and SORT cost by the lookup while rows are short, PRIVATE by the column.
-  const double lookup = args->deterministic ? kSortLookupUs : kTileLookupUs;
+  PrivateTables tables(*args, *device);
   double saved = 0;
-  int64_t numel = 0;
-  int64_t largest = 0;
-  int64_t count = 0;
-  for (int64_t t = 0; t < args->num_tables; ++t) {
-    const FeTable& table = args->tables[t];
-    const double saves = lookup - kPrivateColumnUs * static_cast<double>(table.embedding_dim);
-    if (table.num_embeddings == 0 || table.embedding_dim == 0 || saves <= 0 ||
-        table.num_embeddings > kMaxPrivateNumelForMany / table.embedding_dim ||
-        numel + table.num_embeddings * table.embedding_dim > kMaxPrivateNumelForMany ||
-        private_threads(table.num_embeddings, args->scalar_type, *device) < kMinPrivateThreadsForMany) {
-      continue;
-    }
+  for (const int64_t t : ascending_by_rows(*args)) {
+    const double saves = tables.saves(args->tables[t]);
+    if (saves <= 0 || !tables.take(args->tables[t])) continue;
     chosen[t] = 1;
-    ++count;
-    numel += table.num_embeddings * table.embedding_dim;
-    largest = std::max(largest, table.num_embeddings);
     saved += saves;
   }
-  const double launch = count < args->num_tables ? kPrivateLaunchUs : args->deterministic ? 0 : kPrivateForTileUs;
-  if (count == 0 || saved * static_cast<double>(args->num_rows) * kMeasuredSms / device->num_sms < launch) {
+  const double launch = tables.count() < args->num_tables ? kPrivateLaunchUs
+                        : args->deterministic             ? 0
+                                                          : kPrivateForTileUs;
+  if (tables.count() == 0 || saved * static_cast<double>(args->num_rows) * kMeasuredSms / device->num_sms < launch) {
     std::fill(chosen, chosen + args->num_tables, uint8_t{0});
     return FE_OK;
   }
-  plan->threads = static_cast<int32_t>(private_threads(largest, args->scalar_type, *device));
+  plan->threads = tables.threads();
   plan->splits = device->num_sms;
   return FE_OK;
 }

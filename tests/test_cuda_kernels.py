@@ -254,10 +254,16 @@ def plans_for(problem, library, deterministic=False):
     plans += sort_plans()
     if len(problem.sizes) == 1 and problem.num_rows <= 2048:
         plans.append(abi.Plan(abi.OWN))
+    width = 8 if problem.dtype == torch.float64 else 4
+    shared_bytes = device_properties().shared_bytes_per_block
     rows = max(rows for rows, _ in problem.sizes)
-    if rows <= 200:
-        width = 8 if problem.dtype == torch.float64 else 4
-        threads = min(1024, device_properties().shared_bytes_per_block // (rows * width + 1)) // 32 * 32
+    if problem.combination == abi.SUM:
+        rows = sum(rows for rows, _ in problem.sizes)
+        fitting = [copies for copies in (1, 4, 12) if copies * (64 * width * (rows + 1) + 2048) <= shared_bytes]
+        if len(problem.sizes) <= 16:
+            plans += [abi.Plan(abi.PRIVATE, threads=32 * c, splits=splits) for c in fitting for splits in (1, 132)]
+    elif rows <= 200:
+        threads = min(1024, shared_bytes // (rows * width + 1)) // 32 * 32
         if threads:
             plans += [abi.Plan(abi.PRIVATE, threads=threads, splits=splits) for splits in (1, 7, 132)]
     return plans
@@ -421,10 +427,10 @@ def test_wide_holes_between_small_tables_are_zeroed(library, dtype):
         assert_gradient(problem, problem.backward(library))
 
 
-def private_tables(library, sizes, num_rows, dtype, deterministic):
+def private_tables(library, sizes, num_rows, dtype, deterministic, combination=abi.CONCAT):
     tables = (abi.Table * len(sizes))(*[abi.Table(rows, dim, 0, dim, -1) for rows, dim in sizes])
     args = abi.BackwardArgs(DTYPES[dtype], abi.INT64, len(sizes), tables, num_rows)
-    args.deterministic = deterministic
+    args.deterministic, args.combination = deterministic, combination
     return abi.private_tables(library, args, device_properties())[0]
 
 
@@ -442,6 +448,8 @@ SUMS = [
     summed([9] * 131, 4),  # three launches
     summed([20] * 12, 2100),  # rows that several blocks share
     summed([20, 30, 40], 1025),
+    summed([3, 1, 40], 65),  # three tables whose rows are taken together
+    summed([10 + t for t in range(14)], 40),  # no two of these
 ]
 
 
@@ -495,6 +503,36 @@ def test_sums_read_a_shared_table(library, dtype):
     problem = Problem(summed([50, 8, 50], 12), 3000, dtype, combination=abi.SUM)
     problem.offsets[2] = problem.tables[2].weight_offset = problem.offsets[0]
     assert torch.equal(problem.forward(library), problem.reference_output())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_tables_of_a_sum_read_the_gradient_once(library, dtype):
+    """Nine in one launch of private copies; beside a large table, which has its own."""
+    few = summed([119, 5, 12, 12, 10, 6, 6, 2, 2], 300)
+    for sizes in (few, [few[0], (5000, 300), *few[1:]]):
+        chosen = private_tables(library, sizes, 30_000, dtype, False, abi.SUM)
+        assert [rows <= (12 if dtype == torch.float64 else 119) for rows, _ in sizes] == chosen
+        for distribution, index_dtype, padding, offset in CASES:
+            problem = Problem(sizes, 30_000, dtype, index_dtype, distribution, padding, offset, abi.SUM)
+            assert_gradient(problem, problem.backward(library))
+            first = problem.backward(library, deterministic=True).clone()
+            assert_gradient(problem, first)
+            assert torch.equal(problem.backward(library, deterministic=True), first)
+
+
+def test_sums_keep_inf_and_nan_in_their_rows(library):
+    problem = Problem(summed([5, 2, 2], 70), 4000, torch.float32, combination=abi.SUM, padding=True)
+    first, padded = (
+        (problem.indices == torch.tensor(row, device="cuda")).all(1).nonzero()[0] for row in ([3, 1, 1], [1, 0, 0])
+    )
+    problem.grad_output[first, 5] = torch.inf
+    problem.grad_output[padded] = torch.nan  # of padding in all three tables
+    for plan in [*plans_for(problem, library), None]:
+        actual = problem.backward(library, plan)
+        rows = [actual[at : at + v * 70].view(v, 70) for at, (v, _) in zip(problem.offsets, problem.sizes, strict=True)]
+        for table, row in zip(rows, (3, 1, 1), strict=True):
+            assert table[row, 5] == torch.inf
+            assert torch.isfinite(table).sum() == table.numel() - 1
 
 
 def test_sums_of_unlike_tables_are_refused(library):

@@ -114,9 +114,7 @@ def test_small_tables_share_a_launch_where_it_pays(private_tables, scalar_type):
     assert plan.splits == H200.num_sms
     assert not any(private_tables(RETAIL, 512, scalar_type)[0])  # a launch more costs more than it saves
     assert not any(private_tables([(1000, 8)] * 10, 65536, scalar_type)[0])  # no copies of these in shared memory
-    assert not any(
-        private_tables([(30, 64)] * 26, 65536, scalar_type)[0]
-    )  # TILE costs by the lookup
+    assert not any(private_tables([(30, 64)] * 26, 65536, scalar_type)[0])  # TILE costs by the lookup
     assert not any(private_tables(RETAIL, 65536, scalar_type, scale_grad_by_freq=1)[0])
     assert not any(private_tables([(20, 4)], 65536, scalar_type)[0])  # one table has a plan of its own
 
@@ -124,6 +122,18 @@ def test_small_tables_share_a_launch_where_it_pays(private_tables, scalar_type):
 def test_reproducible_small_tables_need_no_sort(private_tables):
     assert all(private_tables([(100, 4)] * 10, 1024, deterministic=1)[0])
     assert not any(private_tables([(100, 4)] * 10, 1024)[0])
+
+
+@pytest.mark.parametrize("scalar_type", range(4))
+def test_small_tables_of_a_sum_are_taken_together(private_tables, scalar_type):
+    atoms = [119, 5, 12, 12, 10, 6, 6, 2, 2]
+    wide = scalar_type == abi.FLOAT64
+    chosen, plan = private_tables([(v, 300) for v in [*atoms, 5000]], 65536, scalar_type, combination=abi.SUM)
+    assert chosen == [v <= (12 if wide else 119) for v in [*atoms, 5000]]
+    assert plan.threads == 128
+    assert not any(private_tables([(v, 300) for v in atoms], 300, scalar_type, combination=abi.SUM)[0])
+    chosen, _ = private_tables([(2, 16)] * 20, 1 << 20, scalar_type, combination=abi.SUM)
+    assert chosen == [True] * 16 + [False] * 4
 
 
 @pytest.mark.parametrize("device", [H200, T4], ids=["H200", "T4"])

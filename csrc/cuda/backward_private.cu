@@ -9,14 +9,13 @@
 // Each sum has a fixed order, so the result is reproducible, and 16-bit gradients round once.
 #include <cooperative_groups.h>
 
-#include "common.cuh"
+#include "private.cuh"
 
 namespace fast_embedding {
 namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
-constexpr int64_t kMaxGap = 64;
 
 // Rows in flight in a thread. At 1024 threads of 64 registers more would spill.
 template <typename scalar_t>
@@ -47,6 +46,7 @@ struct PrivateParams {
   int32_t splits;
   int32_t threads_per_sum;  // phase 2: threads that sum one element's partials; a power of two up to 32
   int32_t num_rows;
+  int32_t zeroes_around;  // the only table
   FeIndexType index_type;
   const void* indices;
   int64_t index_row_stride;
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kMaxThreads) private_backward(const __grid_con
     const PrivateTable& table = params.table[0];
     const int64_t end = table.weight_offset + table.num_embeddings * table.embedding_dim;
     scalar_t* grad_weight = static_cast<scalar_t*>(params.grad_weight);
-    if (table.gap) {
+    if (params.zeroes_around) {
       fill_zero(grad_weight, table.weight_offset * sizeof(scalar_t), thread, threads);
       fill_zero(grad_weight + end, (params.grad_weight_numel - end) * sizeof(scalar_t), thread, threads);
     }
@@ -272,7 +272,7 @@ FeStatus launch(PrivateParams<kTables> params, int threads, const DeviceInfo& de
 // Tables [first, last) of a call, laid out for blocks of plan.threads threads.
 template <int kTables>
 PrivateParams<kTables> lay_out(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, size_t first,
-                               size_t last) {
+                               size_t last, const std::vector<int32_t>& gaps) {
   const FeBackwardArgs& args = call.args;
   PrivateParams<kTables> params{};
   for (size_t t = first; t < last; ++t) {
@@ -287,11 +287,13 @@ PrivateParams<kTables> lay_out(const FePlan& plan, const BackwardCall& call, con
     table.padding_idx = static_cast<int32_t>(source.padding_idx);
     table.index_column = static_cast<int32_t>(source.index_column);
     table.first_column = static_cast<int32_t>(source.first_column);
+    table.gap = gaps.empty() ? 0 : gaps[t];
     params.num_lanes += table.embedding_dim;
     params.num_elements += table.num_embeddings * table.embedding_dim;
     params.max_rows = std::max(params.max_rows, table.num_embeddings);
   }
   params.num_rows = static_cast<int32_t>(args.num_rows);
+  params.zeroes_around = !call.zeroed;
   params.index_type = args.index_type;
   params.indices = args.indices;
   params.index_row_stride = args.index_row_stride;
@@ -311,31 +313,14 @@ PrivateParams<kTables> lay_out(const FePlan& plan, const BackwardCall& call, con
   return params;
 }
 
-// Gives every table what lies between it and the next, to be zeroed. False where that is much, or tables do not ascend.
-template <int kTables>
-bool find_gaps(const BackwardCall& call, PrivateParams<kTables>* params) {
-  if (params->num_tables == 0) return false;
-  if (kTables == 1) {
-    params->table[0].gap = 1;
-    return true;
-  }
-  if (call.tables.size() > kTables || params->table[0].weight_offset > 0) return false;
-  for (int t = 0; t < params->num_tables; ++t) {
-    PrivateTable& table = params->table[t];
-    const int64_t end = table.weight_offset + table.num_embeddings * table.embedding_dim;
-    const int64_t next = t + 1 < params->num_tables ? params->table[t + 1].weight_offset : call.args.grad_weight_numel;
-    if (next < end || next - end > kMaxGap) return false;
-    table.gap = static_cast<int32_t>(next - end);
-  }
-  return true;
-}
-
 template <int kTables>
 FeStatus run(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
              size_t* workspace_bytes, cudaStream_t stream) {
   const FeBackwardArgs& args = call.args;
+  const bool around = kTables == 1 && call.tables[0].num_embeddings * call.tables[0].embedding_dim > 0;
+  const std::vector<int32_t> gaps = call.zeroed || around ? std::vector<int32_t>{} : find_gaps(call);
   const auto part = [&](size_t first) {
-    return lay_out<kTables>(plan, call, device, first, std::min(first + kTables, call.tables.size()));
+    return lay_out<kTables>(plan, call, device, first, std::min(first + kTables, call.tables.size()), gaps);
   };
   const auto needed = [&](const PrivateParams<kTables>& params) {
     if (params.splits <= 1) return size_t{0};
@@ -348,15 +333,14 @@ FeStatus run(const FePlan& plan, const BackwardCall& call, const DeviceInfo& dev
     }
     return FE_OK;
   }
+  if (!call.zeroed && !around && gaps.empty()) {
+    const int64_t bytes = args.grad_weight_numel * scalar_bytes(args.scalar_type);
+    const FeStatus zeroed = check_cuda(cudaMemsetAsync(args.grad_weight, 0, bytes, stream), "backward_private");
+    if (zeroed != FE_OK) return zeroed;
+  }
   for (size_t first = 0; first < call.tables.size(); first += kTables) {
     PrivateParams<kTables> params = part(first);
     if (*workspace_bytes < needed(params)) return FE_WORKSPACE_TOO_SMALL;
-    if (first == 0 && !call.zeroed && !find_gaps(call, &params)) {
-      for (PrivateTable& table : params.table) table.gap = 0;
-      const int64_t bytes = args.grad_weight_numel * scalar_bytes(args.scalar_type);
-      const FeStatus zeroed = check_cuda(cudaMemsetAsync(args.grad_weight, 0, bytes, stream), "backward_private");
-      if (zeroed != FE_OK) return zeroed;
-    }
     if (params.num_lanes == 0) continue;
     params.partials = workspace;
     const FeStatus status = dispatch_scalar(args.scalar_type, [&](auto scalar) {
@@ -371,6 +355,9 @@ FeStatus run(const FePlan& plan, const BackwardCall& call, const DeviceInfo& dev
 
 FeStatus backward_private(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                           size_t* workspace_bytes, cudaStream_t stream) {
+  if (call.args.combination == FE_SUM) {
+    return backward_private_sum(plan, call, device, workspace, workspace_bytes, stream);
+  }
   if (plan.threads < 32 || plan.threads > kMaxThreads || plan.threads % 32 != 0 || plan.splits < 1) {
     return FE_INVALID_ARGUMENT;
   }
