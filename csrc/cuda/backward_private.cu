@@ -367,7 +367,8 @@ FeStatus backward_private(const FePlan& plan, const BackwardCall& call, const De
     rows = std::max(rows, table.num_embeddings);
     columns += table.embedding_dim;
   }
-  const int64_t shared_bytes = plan.threads * (rows * accumulator_bytes(call.args.scalar_type) + 1);
+  const int64_t lane_bytes = call.tables.size() > 1 ? 1 : 0;
+  const int64_t shared_bytes = plan.threads * (rows * accumulator_bytes(call.args.scalar_type) + lane_bytes);
   if (shared_bytes > device.properties.shared_bytes_per_block ||
       columns > int64_t{plan.threads} * device.properties.num_sms) {
     return FE_INVALID_ARGUMENT;
