@@ -256,10 +256,11 @@ struct TableSlice : FeTable {
   int64_t first_column;
 };
 
-// What a strategy is asked to do: the gradient of some of a call's tables.
+// What a strategy is asked to do: the gradient of some of a call's tables, and zeros wherever else grad_weight is.
 struct BackwardCall {
   const FeBackwardArgs& args;  // what all tables share; the tables are those below
   std::vector<TableSlice> tables;
+  bool zeroed = false;  // what is not of these tables has been written. Only PRIVATE heeds it: the others go first
 };
 
 // The widest access that all of a table's rows allow in grad_output and in grad_weight: 16 or 8 bytes or one element.
