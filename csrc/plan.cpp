@@ -30,14 +30,13 @@ constexpr int64_t kMinSortGradientBytes16 = int64_t{32} << 20;
 constexpr int64_t kAlwaysSortRowBytes16 = 1024;
 constexpr int64_t kMinSortRows16 = 64;
 // What small tables beside others cost, in microseconds on 132 SMs: a lookup in TILE and in SORT, a column of one in
-// PRIVATE, and what PRIVATE's launch adds where others run too, and where it takes the place of TILE's.
+// PRIVATE, and what PRIVATE's launch adds where others run too, or more than TILE's where none do.
 constexpr double kTileLookupUs = 42e-6;
 constexpr double kSortLookupUs = 85e-6;
 constexpr double kPrivateColumnUs = 2.2e-6;
 constexpr double kGradientColumnUs = 1e-6;    // of a long row in TILE and SORT
 constexpr double kPrivateSumChunkUs = 25e-6;  // of a table's row in PRIVATE's form for sums, up to 64 columns
 constexpr double kPrivateLaunchUs = 9;
-constexpr double kPrivateForTileUs = 3;
 constexpr double kMeasuredSms = 132;
 constexpr int kMinPrivateThreadsForMany = 512;
 constexpr int64_t kMaxPrivateNumelForMany = 16384;  // a block leaves as many sums
@@ -46,12 +45,9 @@ constexpr int kPrivateSumColumns = 64;
 constexpr int64_t kPrivateSumPlaceBytes = 2048;
 constexpr int64_t kMaxSumTables = 16;
 constexpr int kTileBlocksPerSm = 3;
-constexpr int kTileStep = 32;
-constexpr int kMaxTile = 1024;
 constexpr int kPartStep = 32;
 constexpr int64_t kRoomyShared = 112 << 10;
-constexpr int kChunkBytes = 64 * 16;   // of a row that a block takes: 64 threads, 16 bytes each
-constexpr int kChunkBytes16 = 64 * 8;  // the same in TILE for 16-bit types, which sum as many columns
+constexpr int kChunkBytes = 64 * 16;  // of a row that a block takes: 64 threads, 16 bytes each
 
 int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
 int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
@@ -77,9 +73,9 @@ int64_t max_own_indices(const FePlanQuery& query, bool instead_of_sort) {
 }
 
 // Of all tables' rows side by side: a chunk belongs to one table.
-double chunks(const FePlanQuery& query, int chunk_bytes) {
+double chunks(const FePlanQuery& query) {
   const double bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
-  return std::max({1.0, static_cast<double>(query.num_tables), std::ceil(bytes / chunk_bytes)});
+  return std::max({1.0, static_cast<double>(query.num_tables), std::ceil(bytes / kChunkBytes)});
 }
 
 // A thread owns one column of one copy of the table in shared memory, so threads * V accumulators must fit.
@@ -106,21 +102,13 @@ bool plan_private(const FePlanQuery& query, bool instead_of_sort, FePlan* plan) 
 
 void plan_tile(const FePlanQuery& query, FePlan* plan) {
   plan->strategy = FE_STRATEGY_TILE;
-  // The smallest tile with which all work is under way at once: larger ones merge more indices of a row before they
-  // touch memory, but leave SMs idle.
-  const int chunk_bytes = scalar_bytes(query.scalar_type) == 2 ? kChunkBytes16 : kChunkBytes;
-  const double lookups = static_cast<double>(query.num_indices) * chunks(query, chunk_bytes);
-  const double blocks = static_cast<double>(kTileBlocksPerSm) * query.device.num_sms;
-  const double rounds = std::max(1.0, std::ceil(lookups / (blocks * kMaxTile)));  // of equal tiles
-  const double tile = std::ceil(lookups / (blocks * rounds) / kTileStep) * kTileStep;
-  plan->tile = static_cast<int32_t>(std::clamp<double>(tile, kTileStep, kMaxTile));
   plan->float32_scratch = scalar_bytes(query.scalar_type) == 2;
 }
 
 void plan_sort(const FePlanQuery& query, FePlan* plan) {
   plan->strategy = FE_STRATEGY_SORT;
   const double part =
-      static_cast<double>(query.num_indices) * chunks(query, kChunkBytes) / (kTileBlocksPerSm * query.device.num_sms);
+      static_cast<double>(query.num_indices) * chunks(query) / (kTileBlocksPerSm * query.device.num_sms);
   plan->tile = static_cast<int32_t>(std::clamp(std::ceil(part / kPartStep) * kPartStep, 64.0, 1024.0));
   // Counters take 20 KB at eight bits and 80 KB at ten, the entries that are put in order eight bytes each.
   const bool roomy = query.device.shared_bytes_per_block >= kRoomyShared;
@@ -234,9 +222,8 @@ extern "C" FeStatus fe_plan_private_tables(const FeBackwardArgs* args, const FeD
     chosen[t] = 1;
     saved += saves;
   }
-  const double launch = tables.count() < args->num_tables ? kPrivateLaunchUs
-                        : args->deterministic             ? 0
-                                                          : kPrivateForTileUs;
+  const bool for_sort = tables.count() == args->num_tables && args->deterministic;
+  const double launch = for_sort ? 0 : kPrivateLaunchUs;
   if (tables.count() == 0 || saved * static_cast<double>(args->num_rows) * kMeasuredSms / device->num_sms < launch) {
     std::fill(chosen, chosen + args->num_tables, uint8_t{0});
     return FE_OK;

@@ -24,7 +24,8 @@ constexpr int kBlocksPerSm = 3;  // 4 leave 64 registers a thread, and spill
 constexpr int kMaxTile = 1024;
 constexpr int kTileStep = 32;
 constexpr int kRoundPack = 4;
-constexpr int kUnroll = 4;  // gradient loads in flight in a thread; 8 spill
+constexpr int kUnroll = 4;       // gradient loads in flight in a thread; 8 spill
+constexpr int kMinSlotBits = 8;  // a slot a thread
 constexpr int kMaxLanes = 64;
 constexpr int kMaxTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
 constexpr int kItems = kMaxTile / kThreads;
@@ -98,22 +99,20 @@ int64_t shared_bytes(const TileParams& params) {
   return 4 * (2 * params.slots + params.tile + kThreads / 32) + sizeof(Edges<acc_t<scalar_t>, kSize, kThreads>);
 }
 
-// Forgets what is in the first 1 << slot_bits slots. Ends with a barrier.
-__device__ inline void clear_slots(const TileShared& shared, int slot_bits) {
-  for (int slot = threadIdx.x; slot < 1 << slot_bits; slot += kThreads) {
+__device__ inline void clear_slots(const TileShared& shared, const TileParams& params) {
+  for (int slot = threadIdx.x; slot < params.slots; slot += kThreads) {
     shared.row[slot] = kEmpty;
     shared.count[slot] = 0;
   }
-  __syncthreads();
 }
 
-__device__ inline uint32_t find_or_insert(const TileShared& shared, int slot_bits, int32_t row) {
+__device__ inline uint32_t find_or_insert(const TileShared& shared, const TileParams& params, int32_t row) {
   // Fibonacci hashing (Knuth, vol. 3, 6.4) with linear probing at a load of one half at the most.
-  uint32_t slot = static_cast<uint32_t>(row) * 2654435769u >> (32 - slot_bits);
+  uint32_t slot = static_cast<uint32_t>(row) * 2654435769u >> (32 - params.slot_bits);
   while (true) {
     const int32_t found = atomicCAS(&shared.row[slot], kEmpty, row);
     if (found == kEmpty || found == row) return slot;
-    slot = (slot + 1) & ((1 << slot_bits) - 1);
+    slot = (slot + 1) & (params.slots - 1);
   }
 }
 
@@ -193,14 +192,14 @@ __device__ inline bool has_hot_row(const TileShared& shared, const TileParams& p
     if (k * kThreads >= params.tile) break;
     const int position = k * kThreads + threadIdx.x;
     const uint32_t row = position < params.tile ? shared.grouped[position] : kSkip;
-    hot = hot || (__popc(__match_any_sync(kFullWarp, row)) >= table.hot_count && row != kSkip);
+    const int count = __popc(__match_any_sync(kFullWarp, row));  // by all lanes
+    if (count >= table.hot_count && row != kSkip) hot = true;
   }
   return __syncthreads_or(hot);
 }
 
-// Groups the loaded rows; returns how many there are, padding left out. Ends with a barrier.
+// Groups the loaded rows by slots that are clear; returns how many there are, padding left out. Ends with a barrier.
 __device__ inline uint32_t group_tile(const TileShared& shared, const TileParams& params) {
-  clear_slots(shared, params.slot_bits);
   uint32_t slot[kItems];
   uint32_t rank[kItems];
 #pragma unroll
@@ -209,7 +208,7 @@ __device__ inline uint32_t group_tile(const TileShared& shared, const TileParams
     const uint32_t row = position < params.tile ? shared.grouped[position] : kSkip;
     slot[k] = kSkip;
     if (row != kSkip) {
-      slot[k] = find_or_insert(shared, params.slot_bits, static_cast<int32_t>(row));
+      slot[k] = find_or_insert(shared, params, static_cast<int32_t>(row));
       rank[k] = atomicAdd(&shared.count[slot[k]], 1u);
     }
   }
@@ -277,7 +276,6 @@ template <typename scalar_t, int kSize>
 __device__ inline void add_lookups(const TileShared& shared, const TileParams& params, const TileTable& table,
                                    int64_t first_row, int chunk, Pack<scalar_t, kSize> (&ahead)[kAhead], bool* zeroed) {
   const TileShare<scalar_t, kSize> share(params, table, first_row, chunk);
-  __syncthreads();
   for (int first = 0; first < share.length; first += share.groups * kUnroll) {
     Pack<scalar_t, kSize> value[kUnroll];
     if (first > 0) {
@@ -325,16 +323,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
     const int local = work - params.first_work[t];
     const int64_t first_row = static_cast<int64_t>(local / table.chunks) * params.tile;
     const int chunk = local % table.chunks;
+    if (t != sampled_table) groups = true;
+    if (groups) clear_slots(shared, params);
     // Asked for beside the indices where lookups may be added one by one.
     Pack<scalar_t, kSize> value[kAhead];
     if (table.hot_count != 0 && (t != sampled_table || !groups)) {
       TileShare<scalar_t, kSize>(params, table, first_row, chunk).template load<0, kAhead>(params, 0, value);
     }
     load_rows(shared, params, table, first_row);
-    if (t != sampled_table) {
-      groups = table.hot_count == 0 || has_hot_row(shared, params, table);
-      sampled_table = t;
+    if (table.hot_count != 0 && t != sampled_table) {
+      groups = has_hot_row(shared, params, table);
+    } else {
+      __syncthreads();
     }
+    sampled_table = t;
     if (groups) {
       const uint32_t total = group_tile(shared, params);
       if (!zeroed) {
@@ -395,14 +397,6 @@ FeStatus launch(TileParams& params, const DeviceInfo& device, cudaStream_t strea
                             "backward_tile");
 }
 
-// Tables whose rows allow accesses of one width, in one launch: a kernel for each width keeps them all in registers.
-struct TileLaunch {
-  int64_t pack;  // bytes
-  TileParams params;
-
-  TileLaunch(int64_t pack_bytes, const TileParams& common) : pack(pack_bytes), params(common) {}
-};
-
 // See TileTable.
 int32_t hot_count(const FeBackwardArgs& args, const TableSlice& table) {
   if (args.num_rows > std::max(kMaxChain, kMaxRepeats * table.num_embeddings)) return 0;
@@ -412,21 +406,50 @@ int32_t hot_count(const FeBackwardArgs& args, const TableSlice& table) {
   return static_cast<int32_t>(std::clamp(std::ceil(32 * share), kMinHotCount, 33.0));
 }
 
-void add_table(const FeBackwardArgs& args, const TableSlice& source, TileLaunch* launch) {
-  TileParams& params = launch->params;
-  params.first_work[params.num_tables] = params.num_work;
-  TileTable& table = params.table[params.num_tables++];
-  table.num_embeddings = source.num_embeddings;
-  table.weight_offset = source.weight_offset;
-  table.padding_idx = source.padding_idx;
-  table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
-  table.first_column = static_cast<int32_t>(source.first_column);
-  table.index_column = static_cast<int32_t>(source.index_column);
-  table.hot_count = hot_count(args, source);
-  split_columns(ceil_div(std::max<int64_t>(source.embedding_dim, 1) * scalar_bytes(args.scalar_type), launch->pack),
-                &table);
-  params.num_work += static_cast<int32_t>(ceil_div(args.num_rows, params.tile) * table.chunks);
-}
+// Tables whose rows allow accesses of one width, in one launch: a kernel for each width keeps them all in registers.
+struct TileLaunch {
+  int64_t pack;  // bytes
+  TileParams params;
+  int64_t chunks = 0;  // of all tables
+
+  TileLaunch(int64_t pack_bytes, const TileParams& common) : pack(pack_bytes), params(common) {}
+
+  void add(const FeBackwardArgs& args, const TableSlice& source) {
+    TileTable& table = params.table[params.num_tables++];
+    table.num_embeddings = source.num_embeddings;
+    table.weight_offset = source.weight_offset;
+    table.padding_idx = source.padding_idx;
+    table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
+    table.first_column = static_cast<int32_t>(source.first_column);
+    table.index_column = static_cast<int32_t>(source.index_column);
+    table.hot_count = hot_count(args, source);
+    split_columns(ceil_div(std::max<int64_t>(source.embedding_dim, 1) * scalar_bytes(args.scalar_type), pack), &table);
+    chunks += table.chunks;
+  }
+
+  // The smallest tile with which all work is under way at once, or else comes in equal rounds: larger ones merge more
+  // lookups of a row before they touch memory, but leave SMs idle. Short rows take 256 at once or none: as many threads
+  // load their indices.
+  int32_t best_tile(int64_t num_rows, int64_t blocks) const {
+    const int64_t rounds = std::max<int64_t>(1, ceil_div(num_rows * chunks, blocks * kMaxTile));
+    const int64_t tiles = std::max<int64_t>(1, blocks * rounds / chunks);  // of a table's column chunk
+    const int64_t tile = ceil_div(num_rows, tiles);
+    const bool short_rows = chunks == params.num_tables;
+    const int64_t step = rounds == 1 && short_rows && tile > kThreads / 2 ? kThreads : kTileStep;
+    return static_cast<int32_t>(std::min<int64_t>(round_up(tile, step), kMaxTile));
+  }
+
+  void lay_out(int32_t tile) {
+    params.tile = tile;
+    params.slot_bits = kMinSlotBits;
+    while (1 << params.slot_bits < 2 * tile) ++params.slot_bits;
+    params.slots = 1 << params.slot_bits;
+    for (int t = 0; t < params.num_tables; ++t) {
+      params.first_work[t] = params.num_work;
+      params.num_work += static_cast<int32_t>(ceil_div(params.num_rows, tile) * params.table[t].chunks);
+    }
+  }
+};
 
 }  // namespace
 
@@ -434,8 +457,7 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
                        size_t* workspace_bytes, cudaStream_t stream) {
   const FeBackwardArgs& args = call.args;
   const bool scratch = scalar_bytes(args.scalar_type) == 2;
-  if (plan.tile < kTileStep || plan.tile > kMaxTile || plan.tile % kTileStep != 0 ||
-      scratch != (plan.float32_scratch != 0)) {
+  if (plan.tile < 0 || plan.tile > kMaxTile || plan.tile % kTileStep != 0 || scratch != (plan.float32_scratch != 0)) {
     return FE_INVALID_ARGUMENT;
   }
   const size_t needed = scratch ? args.grad_weight_numel * sizeof(float) : 0;
@@ -456,9 +478,6 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
   common.sums = scratch ? workspace : args.grad_weight;
   common.grad_weight = args.grad_weight;
   common.grad_weight_numel = args.grad_weight_numel;
-  common.tile = plan.tile;
-  while (1 << common.slot_bits < std::max(2 * plan.tile, kThreads)) ++common.slot_bits;
-  common.slots = 1 << common.slot_bits;
 
   // A launch for each width and 64 tables. The first writes the zeros, the last rounds.
   std::vector<TileLaunch> launches;
@@ -469,12 +488,13 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
     };
     auto launch = std::find_if(launches.begin(), launches.end(), takes);
     if (launch == launches.end()) launch = launches.emplace(launches.end(), pack, common);
-    add_table(args, table, &*launch);
+    launch->add(args, table);
   }
   launches.front().params.zero_first = 1;
   launches.back().params.round_last = scratch;
   launches.back().params.round_packs = reinterpret_cast<uintptr_t>(args.grad_weight) % 8 == 0;
   for (TileLaunch& each : launches) {
+    each.lay_out(plan.tile > 0 ? plan.tile : each.best_tile(args.num_rows, kBlocksPerSm * device.properties.num_sms));
     const FeStatus status = dispatch_scalar(args.scalar_type, [&](auto scalar) {
       return dispatch_narrow_pack<decltype(scalar)>(each.pack, [&](auto size) {
         return launch<decltype(scalar), decltype(size)::value>(each.params, device, stream);
