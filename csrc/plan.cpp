@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
+#include <vector>
 
 #include "fast_embedding.h"
 
@@ -10,7 +12,8 @@ namespace {
 
 constexpr int64_t kMaxIndices = INT32_MAX;              // kernels count positions and rows in 32 bits
 constexpr int64_t kMaxScratchBytes = int64_t{8} << 20;  // float32 copy of a 16-bit gradient
-constexpr int64_t kMaxOwnIndices = 1024;
+constexpr int64_t kMaxOwnIndices = 256;
+constexpr int64_t kMaxOwnIndices16 = 1024;       // where TILE must round a float32 copy
 constexpr int64_t kMaxOwnIndicesForSort = 2048;  // where the alternative is SORT, at 35 us and more
 constexpr int kMaxPrivateThreads = 1024;
 constexpr int kMinPrivateThreads = 256;  // fewer leave too few loads in flight in an SM to reach the copy rate
@@ -26,26 +29,57 @@ constexpr int64_t kMinSortRowBytes16 = 128;
 constexpr int64_t kMinSortGradientBytes16 = int64_t{32} << 20;
 constexpr int64_t kAlwaysSortRowBytes16 = 1024;
 constexpr int64_t kMinSortRows16 = 64;
+// What small tables beside others cost, in microseconds on 132 SMs: a lookup in TILE and in SORT, a column of one in
+// PRIVATE, and what PRIVATE's launch adds where others run too, and where it takes the place of TILE's.
+constexpr double kTileLookupUs = 42e-6;
+constexpr double kSortLookupUs = 85e-6;
+constexpr double kPrivateColumnUs = 2.2e-6;
+constexpr double kGradientColumnUs = 1e-6;    // of a long row in TILE and SORT
+constexpr double kPrivateSumChunkUs = 25e-6;  // of a table's row in PRIVATE's form for sums, up to 64 columns
+constexpr double kPrivateLaunchUs = 9;
+constexpr double kPrivateForTileUs = 3;
+constexpr double kMeasuredSms = 132;
+constexpr int kMinPrivateThreadsForMany = 512;
+constexpr int64_t kMaxPrivateNumelForMany = 16384;  // a block leaves as many sums
+constexpr int kPrivateSumCopies = 4;
+constexpr int kPrivateSumColumns = 64;
+constexpr int64_t kPrivateSumPlaceBytes = 2048;
+constexpr int64_t kMaxSumTables = 16;
 constexpr int kTileBlocksPerSm = 3;
-constexpr int kTileStep = 256;
+constexpr int kTileStep = 32;
+constexpr int kMaxTile = 1024;
 constexpr int kPartStep = 32;
 constexpr int64_t kRoomyShared = 112 << 10;
-constexpr int kChunkBytes = 64 * 16;  // of a row that a block takes: 64 threads, 16 bytes each
+constexpr int kChunkBytes = 64 * 16;   // of a row that a block takes: 64 threads, 16 bytes each
+constexpr int kChunkBytes16 = 64 * 8;  // the same in TILE for 16-bit types, which sum as many columns
 
 int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
 int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
 
 // Where a sort costs less than TILE's atomics. 16-bit types pay more for those: they go to a float32 copy, which is
-// read once more to be rounded.
+// read once more to be rounded. A sort costs by the lookup and atomics by the byte, so with tables of mixed width it is
+// the mean row that decides, not the widest.
 bool sorting_pays(const FePlanQuery& query) {
-  const int64_t row_bytes = query.embedding_dim * scalar_bytes(query.scalar_type);
-  const double gradient_bytes = static_cast<double>(query.num_indices) * query.num_tables * row_bytes;
+  const double all_rows_bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
+  const double row_bytes = all_rows_bytes / static_cast<double>(std::max<int64_t>(query.num_tables, 1));
+  const double gradient_bytes = static_cast<double>(query.num_indices) * all_rows_bytes;
   if (scalar_bytes(query.scalar_type) != 2) {
     return row_bytes >= kMinSortRowBytes && gradient_bytes >= kMinSortGradientBytes;
   }
   return query.num_embeddings >= kMinSortRows16 &&
          (row_bytes >= kAlwaysSortRowBytes16 ||
           (row_bytes >= kMinSortRowBytes16 && gradient_bytes >= kMinSortGradientBytes16));
+}
+
+int64_t max_own_indices(const FePlanQuery& query, bool instead_of_sort) {
+  if (instead_of_sort) return kMaxOwnIndicesForSort;
+  return scalar_bytes(query.scalar_type) == 2 ? kMaxOwnIndices16 : kMaxOwnIndices;
+}
+
+// Of all tables' rows side by side: a chunk belongs to one table.
+double chunks(const FePlanQuery& query, int chunk_bytes) {
+  const double bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
+  return std::max({1.0, static_cast<double>(query.num_tables), std::ceil(bytes / chunk_bytes)});
 }
 
 // A thread owns one column of one copy of the table in shared memory, so threads * V accumulators must fit.
@@ -74,24 +108,86 @@ void plan_tile(const FePlanQuery& query, FePlan* plan) {
   plan->strategy = FE_STRATEGY_TILE;
   // The smallest tile with which all work is under way at once: larger ones merge more indices of a row before they
   // touch memory, but leave SMs idle.
-  const double row_bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
-  const double chunks = std::max(1.0, std::ceil(row_bytes / kChunkBytes)) * static_cast<double>(query.num_tables);
-  const double tile = static_cast<double>(query.num_indices) * chunks / (kTileBlocksPerSm * query.device.num_sms);
-  plan->tile = static_cast<int32_t>(std::clamp(std::ceil(tile / kTileStep) * kTileStep, 256.0, 1024.0));
+  const int chunk_bytes = scalar_bytes(query.scalar_type) == 2 ? kChunkBytes16 : kChunkBytes;
+  const double lookups = static_cast<double>(query.num_indices) * chunks(query, chunk_bytes);
+  const double blocks = static_cast<double>(kTileBlocksPerSm) * query.device.num_sms;
+  const double rounds = std::max(1.0, std::ceil(lookups / (blocks * kMaxTile)));  // of equal tiles
+  const double tile = std::ceil(lookups / (blocks * rounds) / kTileStep) * kTileStep;
+  plan->tile = static_cast<int32_t>(std::clamp<double>(tile, kTileStep, kMaxTile));
   plan->float32_scratch = scalar_bytes(query.scalar_type) == 2;
 }
 
 void plan_sort(const FePlanQuery& query, FePlan* plan) {
   plan->strategy = FE_STRATEGY_SORT;
-  const double row_bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
-  const double chunks = std::max(1.0, std::ceil(row_bytes / kChunkBytes)) * static_cast<double>(query.num_tables);
-  const double part = static_cast<double>(query.num_indices) * chunks / (kTileBlocksPerSm * query.device.num_sms);
+  const double part =
+      static_cast<double>(query.num_indices) * chunks(query, kChunkBytes) / (kTileBlocksPerSm * query.device.num_sms);
   plan->tile = static_cast<int32_t>(std::clamp(std::ceil(part / kPartStep) * kPartStep, 64.0, 1024.0));
   // Counters take 20 KB at eight bits and 80 KB at ten, the entries that are put in order eight bytes each.
   const bool roomy = query.device.shared_bytes_per_block >= kRoomyShared;
   plan->digit_bits = roomy ? 10 : 8;
   plan->sort_tile = roomy ? 8192 : 4096;
 }
+
+std::vector<int64_t> ascending_by_rows(const FeBackwardArgs& args) {
+  std::vector<int64_t> order(args.num_tables);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return args.tables[a].num_embeddings < args.tables[b].num_embeddings; });
+  return order;
+}
+
+// The tables that share a launch of PRIVATE: what each saves, and whether one more fits shared memory.
+class PrivateTables {
+ public:
+  PrivateTables(const FeBackwardArgs& args, const FeDevice& device) : args_(args), device_(device) {}
+
+  int64_t count() const { return count_; }
+  int32_t threads() const { return sums() ? kPrivateSumCopies * 32 : static_cast<int32_t>(threads_for(most_rows_)); }
+
+  // Microseconds a lookup.
+  double saves(const FeTable& table) const {
+    const double columns = static_cast<double>(table.embedding_dim);
+    const double lookup = args_.deterministic ? kSortLookupUs : kTileLookupUs;
+    if (!sums()) return lookup - kPrivateColumnUs * columns;
+    return lookup + kGradientColumnUs * columns - kPrivateSumChunkUs * std::ceil(columns / kPrivateSumColumns);
+  }
+
+  // Whether the table fits beside those that are taken, and takes it.
+  bool take(const FeTable& table) {
+    if (table.num_embeddings == 0 || table.embedding_dim == 0) return false;
+    const int64_t rows = rows_ + table.num_embeddings;
+    const int64_t most_rows = std::max(most_rows_, table.num_embeddings);
+    const int64_t numel = numel_ + table.num_embeddings * table.embedding_dim;
+    const bool fits = sums() ? count_ < kMaxSumTables && sum_bytes(rows) <= device_.shared_bytes_per_block &&
+                                   table.embedding_dim <= kPrivateSumColumns * device_.num_sms
+                             : numel <= kMaxPrivateNumelForMany && threads_for(most_rows) >= kMinPrivateThreadsForMany;
+    if (!fits) return false;
+    ++count_;
+    rows_ = rows;
+    most_rows_ = most_rows;
+    numel_ = numel;
+    return true;
+  }
+
+ private:
+  bool sums() const { return args_.combination == FE_SUM; }
+  int64_t threads_for(int64_t rows) const {
+    const int64_t fitting = device_.shared_bytes_per_block / (rows * accumulator_bytes(args_.scalar_type) + 1);
+    return std::min<int64_t>(fitting, kMaxPrivateThreads) / 32 * 32;
+  }
+  // Of copies of all tables, with a row to spare in each, and of a batch's places.
+  int64_t sum_bytes(int64_t rows) const {
+    const int64_t copy_bytes = (rows + 1) * kPrivateSumColumns * accumulator_bytes(args_.scalar_type);
+    return kPrivateSumCopies * (copy_bytes + kPrivateSumPlaceBytes);
+  }
+
+  const FeBackwardArgs& args_;
+  const FeDevice& device_;
+  int64_t count_ = 0;
+  int64_t rows_ = 0;
+  int64_t most_rows_ = 0;
+  int64_t numel_ = 0;
+};
 
 }  // namespace
 
@@ -110,7 +206,7 @@ extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan*
   const bool sorts = query->deterministic || scratch_too_large || scaled || sorting_pays(*query);
   if (query->sparse) {
     plan_sort(*query, plan);
-  } else if (query->num_tables == 1 && query->num_indices <= (sorts ? kMaxOwnIndicesForSort : kMaxOwnIndices)) {
+  } else if (query->num_tables == 1 && query->num_indices <= max_own_indices(*query, sorts)) {
     plan->strategy = FE_STRATEGY_OWN;
   } else if (!scaled && plan_private(*query, sorts, plan)) {
     // plan_private has filled it in.
@@ -119,5 +215,33 @@ extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan*
   } else {
     plan_tile(*query, plan);
   }
+  return FE_OK;
+}
+
+extern "C" FeStatus fe_plan_private_tables(const FeBackwardArgs* args, const FeDevice* device, uint8_t* chosen,
+                                           FePlan* plan) {
+  if (args == nullptr || device == nullptr || chosen == nullptr || plan == nullptr) return FE_INVALID_ARGUMENT;
+  *plan = FePlan{};
+  plan->strategy = FE_STRATEGY_PRIVATE;
+  std::fill(chosen, chosen + args->num_tables, uint8_t{0});
+  if (args->num_tables < 2 || args->scale_grad_by_freq || args->num_rows > kMaxIndices) return FE_OK;
+
+  PrivateTables tables(*args, *device);
+  double saved = 0;
+  for (const int64_t t : ascending_by_rows(*args)) {
+    const double saves = tables.saves(args->tables[t]);
+    if (saves <= 0 || !tables.take(args->tables[t])) continue;
+    chosen[t] = 1;
+    saved += saves;
+  }
+  const double launch = tables.count() < args->num_tables ? kPrivateLaunchUs
+                        : args->deterministic             ? 0
+                                                          : kPrivateForTileUs;
+  if (tables.count() == 0 || saved * static_cast<double>(args->num_rows) * kMeasuredSms / device->num_sms < launch) {
+    std::fill(chosen, chosen + args->num_tables, uint8_t{0});
+    return FE_OK;
+  }
+  plan->threads = tables.threads();
+  plan->splits = device->num_sms;
   return FE_OK;
 }

@@ -12,7 +12,7 @@ INT32, INT64 = range(2)
 CONCAT, SUM = range(2)
 OWN, PRIVATE, TILE, SORT = range(4)
 STRATEGIES = {OWN: "own", PRIVATE: "private", TILE: "tile", SORT: "sort"}
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 
 class Table(Structure):
@@ -99,6 +99,7 @@ def library_path(name: str) -> Path:
 def declare_plan(library: ctypes.CDLL) -> ctypes.CDLL:
     library.fe_plan_embedding_backward.argtypes = [POINTER(PlanQuery), POINTER(Plan)]
     library.fe_plan_embedding_backward.restype = c_int32
+    library.fe_plan_private_tables.argtypes = [POINTER(BackwardArgs), POINTER(Device), c_char_p, POINTER(Plan)]
     return library
 
 
@@ -123,3 +124,13 @@ def make_plan(library: ctypes.CDLL, query: PlanQuery) -> Plan:
     if status != OK:
         raise ValueError(f"fe_plan_embedding_backward returned {status}")
     return plan
+
+
+def private_tables(library: ctypes.CDLL, args: BackwardArgs, device: Device) -> tuple[list[bool], Plan]:
+    """Which tables of a call PRIVATE takes together, and by which plan."""
+    plan = Plan()
+    chosen = ctypes.create_string_buffer(args.num_tables)
+    status = library.fe_plan_private_tables(byref(args), byref(device), chosen, byref(plan))
+    if status != OK:
+        raise ValueError(f"fe_plan_private_tables returned {status}")
+    return [byte != 0 for byte in chosen.raw], plan

@@ -252,12 +252,18 @@ def plans_for(problem, library, deterministic=False):
     sixteen_bit = problem.dtype in (torch.float16, torch.bfloat16)
     plans = [abi.Plan(abi.TILE, tile=tile, float32_scratch=sixteen_bit) for tile in (256, 768, 1024)]
     plans += sort_plans()
-    rows = problem.sizes[0][0]
     if len(problem.sizes) == 1 and problem.num_rows <= 2048:
         plans.append(abi.Plan(abi.OWN))
-    if len(problem.sizes) == 1 and rows <= 200:
-        width = 8 if problem.dtype == torch.float64 else 4
-        threads = min(1024, device_properties().shared_bytes_per_block // (rows * width)) // 32 * 32
+    width = 8 if problem.dtype == torch.float64 else 4
+    shared_bytes = device_properties().shared_bytes_per_block
+    rows = max(rows for rows, _ in problem.sizes)
+    if problem.combination == abi.SUM:
+        rows = sum(rows for rows, _ in problem.sizes)
+        fitting = [copies for copies in (1, 4, 12) if copies * (64 * width * (rows + 1) + 2048) <= shared_bytes]
+        if len(problem.sizes) <= 16:
+            plans += [abi.Plan(abi.PRIVATE, threads=32 * c, splits=splits) for c in fitting for splits in (1, 132)]
+    elif rows <= 200:
+        threads = min(1024, shared_bytes // (rows * width + 1)) // 32 * 32
         if threads:
             plans += [abi.Plan(abi.PRIVATE, threads=threads, splits=splits) for splits in (1, 7, 132)]
     return plans
@@ -281,6 +287,7 @@ MANY_TABLES = [
     [(3, 3), (1116, 81), (8, 5), (40000, 16), (1, 1)],
     [(50, 8), (20, 16), (9, 128)],
     [(10 + t, 1 + t % 9) for t in range(130)],
+    [(3, 700), (2, 800), (9, 5)],  # more columns than a block has threads
 ]
 
 
@@ -407,6 +414,48 @@ def test_backward_of_many_tables(library, sizes, num_rows, dtype):
         assert_gradient(problem, problem.backward(library))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_small_tables_among_large_ones(library, dtype, deterministic):
+    """The small ones in a launch of their own, which leaves alone what the other has written."""
+    for sizes in (
+        [(1116, 81), *[(4, 3), (53, 15), (32, 11), (9, 5)] * 5],
+        [*[(8, 5), (100, 4)] * 4, (40_000, 16), *[(3, 3), (20, 10)] * 4, (900, 33)],
+        [(7, 3)] * 150 + [(3000, 8)],
+        [(7, 3)] * 150,
+    ):
+        num_rows = 70_000 if len(sizes) < 100 else 20_000
+        chosen = private_tables(library, sizes, num_rows, dtype, deterministic)
+        assert [rows <= (53 if dtype == torch.float64 else 100) for rows, _ in sizes] == chosen
+        for distribution, index_dtype, padding, offset in CASES:
+            problem = Problem(sizes, num_rows, dtype, index_dtype, distribution, padding, offset)
+            first = problem.backward(library, deterministic=deterministic).clone()
+            assert_gradient(problem, first)
+            if deterministic:
+                assert torch.equal(problem.backward(library, deterministic=True), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_holes_between_small_tables_are_zeroed(library, dtype):
+    problem = Problem([(8, 5), (4, 3), (13, 7)], 100_000, dtype)
+    numel = problem.numel + 5000
+    for offsets in ([0, 4000, 3000], [1000, 1040, 2000]):  # not ascending; a hole in front
+        problem.numel = numel
+        problem.offsets = offsets
+        for table, at in zip(problem.tables, offsets, strict=True):
+            table.weight_offset = at
+        problem.grad_weight = problem.buffer(numel, 0)
+        assert_gradient(problem, problem.backward(library, abi.Plan(abi.PRIVATE, threads=1024, splits=132)))
+        assert_gradient(problem, problem.backward(library))
+
+
+def private_tables(library, sizes, num_rows, dtype, deterministic, combination=abi.CONCAT):
+    tables = (abi.Table * len(sizes))(*[abi.Table(rows, dim, 0, dim, -1) for rows, dim in sizes])
+    args = abi.BackwardArgs(DTYPES[dtype], abi.INT64, len(sizes), tables, num_rows)
+    args.deterministic, args.combination = deterministic, combination
+    return abi.private_tables(library, args, device_properties())[0]
+
+
 def summed(num_embeddings, dim):
     return [(rows, dim) for rows in num_embeddings]
 
@@ -421,6 +470,8 @@ SUMS = [
     summed([9] * 131, 4),  # three launches
     summed([20] * 12, 2100),  # rows that several blocks share
     summed([20, 30, 40], 1025),
+    summed([3, 1, 40], 65),  # three tables whose rows are taken together
+    summed([10 + t for t in range(14)], 40),  # no two of these
 ]
 
 
@@ -475,6 +526,36 @@ def test_sums_read_a_shared_table(library, dtype):
         problem = Problem(summed([50, 8, 50], 12), 3000, dtype, combination=abi.SUM)
         problem.offsets[reader] = problem.tables[reader].weight_offset = problem.offsets[owner]
         assert torch.equal(problem.forward(library), problem.reference_output())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_tables_of_a_sum_read_the_gradient_once(library, dtype):
+    """Nine in one launch of private copies; beside a large table, which has its own."""
+    few = summed([119, 5, 12, 12, 10, 6, 6, 2, 2], 300)
+    for sizes in (few, [few[0], (5000, 300), *few[1:]]):
+        chosen = private_tables(library, sizes, 30_000, dtype, False, abi.SUM)
+        assert [rows <= (12 if dtype == torch.float64 else 119) for rows, _ in sizes] == chosen
+        for distribution, index_dtype, padding, offset in CASES:
+            problem = Problem(sizes, 30_000, dtype, index_dtype, distribution, padding, offset, abi.SUM)
+            assert_gradient(problem, problem.backward(library))
+            first = problem.backward(library, deterministic=True).clone()
+            assert_gradient(problem, first)
+            assert torch.equal(problem.backward(library, deterministic=True), first)
+
+
+def test_sums_keep_inf_and_nan_in_their_rows(library):
+    problem = Problem(summed([5, 2, 2], 70), 4000, torch.float32, combination=abi.SUM, padding=True)
+    first, padded = (
+        (problem.indices == torch.tensor(row, device="cuda")).all(1).nonzero()[0] for row in ([3, 1, 1], [1, 0, 0])
+    )
+    problem.grad_output[first, 5] = torch.inf
+    problem.grad_output[padded] = torch.nan  # of padding in all three tables
+    for plan in [*plans_for(problem, library), None]:
+        actual = problem.backward(library, plan)
+        rows = [actual[at : at + v * 70].view(v, 70) for at, (v, _) in zip(problem.offsets, problem.sizes, strict=True)]
+        for table, row in zip(rows, (3, 1, 1), strict=True):
+            assert table[row, 5] == torch.inf
+            assert torch.isfinite(table).sum() == table.numel() - 1
 
 
 def test_sums_of_unlike_tables_are_refused(library):

@@ -78,6 +78,76 @@ def test_sixteen_bits_sort_where_atomics_cost_more(plan, scalar_type):
     assert plan(256, 64, 65536, scalar_type).strategy == abi.TILE
 
 
+def test_one_wide_table_among_narrow_ones_makes_no_sort_pay(plan):
+    """A sort costs by the lookup: it is the mean row that must be long. Sizes: 1116 x 81 and 23 of 3 to 15 columns."""
+    for scalar_type in range(4):
+        assert plan(1409, 217, 65536, scalar_type, num_tables=24).strategy == abi.TILE
+    assert plan(24 * 1116, 24 * 81, 65536, abi.BFLOAT16, num_tables=24).strategy == abi.SORT
+
+
+RETAIL = list(
+    zip(
+        (1116, 8, 4, 13, 32, 3, 3, 26, 24, 22, 9, 27, 4, 7, 7, 9, 9, 13, 3, 4, 4, 5, 53, 4),
+        (81, 5, 3, 7, 11, 3, 3, 10, 9, 9, 5, 10, 3, 5, 5, 5, 5, 7, 3, 3, 3, 4, 15, 3),
+        strict=True,
+    )
+)
+
+
+@pytest.fixture
+def private_tables(library):
+    def choose(sizes, n, scalar_type=abi.FLOAT32, device=H200, **flags):
+        tables = (abi.Table * len(sizes))(*[abi.Table(v, d, 0, d, -1) for v, d in sizes])
+        args = abi.BackwardArgs(scalar_type, abi.INT64, len(sizes), tables, n, **flags)
+        return abi.private_tables(library, args, device)
+
+    return choose
+
+
+@pytest.mark.parametrize("scalar_type", range(4))
+def test_small_tables_share_a_launch_where_it_pays(private_tables, scalar_type):
+    chosen, plan = private_tables(RETAIL, 65536, scalar_type)
+    assert chosen == [False] + [True] * 23
+    accumulator = 8 if scalar_type == abi.FLOAT64 else 4
+    assert plan.threads in range(512, 1025, 32)
+    assert plan.threads * (53 * accumulator + 1) <= H200.shared_bytes_per_block
+    assert plan.splits == H200.num_sms
+    assert not any(private_tables(RETAIL, 512, scalar_type)[0])  # a launch more costs more than it saves
+    assert not any(private_tables([(1000, 8)] * 10, 65536, scalar_type)[0])  # no copies of these in shared memory
+    assert not any(private_tables([(30, 64)] * 26, 65536, scalar_type)[0])  # TILE costs by the lookup
+    assert not any(private_tables(RETAIL, 65536, scalar_type, scale_grad_by_freq=1)[0])
+    assert not any(private_tables([(20, 4)], 65536, scalar_type)[0])  # one table has a plan of its own
+
+
+def test_reproducible_small_tables_need_no_sort(private_tables):
+    assert all(private_tables([(100, 4)] * 10, 1024, deterministic=1)[0])
+    assert not any(private_tables([(100, 4)] * 10, 1024)[0])
+
+
+@pytest.mark.parametrize("scalar_type", range(4))
+def test_small_tables_of_a_sum_are_taken_together(private_tables, scalar_type):
+    atoms = [119, 5, 12, 12, 10, 6, 6, 2, 2]
+    wide = scalar_type == abi.FLOAT64
+    chosen, plan = private_tables([(v, 300) for v in [*atoms, 5000]], 65536, scalar_type, combination=abi.SUM)
+    assert chosen == [v <= (12 if wide else 119) for v in [*atoms, 5000]]
+    assert plan.threads == 128
+    assert not any(private_tables([(v, 300) for v in atoms], 300, scalar_type, combination=abi.SUM)[0])
+    chosen, _ = private_tables([(2, 16)] * 20, 1 << 20, scalar_type, combination=abi.SUM)
+    assert chosen == [True] * 16 + [False] * 4
+
+
+@pytest.mark.parametrize("device", [H200, T4], ids=["H200", "T4"])
+def test_private_tables_fit_shared_memory(private_tables, device):
+    for v in (0, 1, 27, 53, 100, 113, 114, 1000):
+        for d in (0, 1, 4, 16):
+            for scalar_type, accumulator in ((abi.FLOAT32, 4), (abi.FLOAT64, 8), (abi.BFLOAT16, 4)):
+                chosen, plan = private_tables([(v, d)] * 9, 1 << 20, scalar_type, device)
+                assert chosen in ([True] * 9, [False] * 9)
+                if any(chosen):
+                    assert v * d > 0
+                    assert plan.threads * (v * accumulator + 1) <= device.shared_bytes_per_block
+
+
 @pytest.mark.parametrize("scalar_type", range(4))
 def test_frequencies_are_known_to_two_strategies(plan, scalar_type):
     for v, d, n in ((1, 4, 1 << 20), (100, 16, 65536), (1000, 64, 128), (10, 4, 2048), (50257, 768, 16384)):

@@ -2,11 +2,13 @@
 // sum to the gradient with one atomic a run: a hot row costs one atomic a tile instead of one an index.
 //
 // Equal indices are brought together by counting in a hash table in shared memory, not by sorting: the order of the
-// rows does not matter, and counting takes three barriers where a radix sort takes three a digit.
+// rows does not matter, and counting takes three barriers where a radix sort takes three a digit. Where a sample of
+// the first tile shows no row so often that its atomics would queue, a block leaves that out and adds each lookup by
+// itself: the gradient is then read in order, and the atomics meet seldom.
 //
-// One cooperative launch: the zeros of the gradient are written first, while the first tile is being grouped, so the
-// latency of the one hides behind the traffic of the other; after a grid-wide barrier come the additions. A 16-bit
-// gradient is summed in a float32 copy and rounded once after a second barrier.
+// One cooperative launch: the zeros of the gradient are written first, while the first tile is being grouped or read,
+// so the latency of the one hides behind the traffic of the other; after a grid-wide barrier come the additions. A
+// 16-bit gradient is summed in a float32 copy and rounded once after a second barrier.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -20,12 +22,24 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 3;  // 4 leave 64 registers a thread, and spill
 constexpr int kMaxTile = 1024;
+constexpr int kTileStep = 32;
+constexpr int kRoundPack = 4;
 constexpr int kUnroll = 4;  // gradient loads in flight in a thread; 8 spill
 constexpr int kMaxLanes = 64;
 constexpr int kMaxTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
 constexpr int kItems = kMaxTile / kThreads;
+constexpr int kAhead = 2;  // of these before the indices are known; more spill
 constexpr int32_t kEmpty = -1;
 constexpr uint32_t kSkip = 0xffffffffu;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Atomics to one row queue. Measured: 1.8 ns a lookup of 16 bytes, 2.6 of 128, 5.3 of 512, 12 of 4096.
+constexpr double kAtomicMicroseconds = 1.8e-3;
+constexpr double kAtomicMicrosecondsPerByte = 5e-6;
+constexpr double kQueueMicroseconds = 3;  // about what grouping costs
+constexpr int64_t kMaxRepeats = 128;      // of a row in the mean, and the roundings of its sum
+constexpr int64_t kMaxChain = 1024;
+constexpr double kMinHotCount = 3;  // chance brings together as many
 
 struct TileTable {
   int64_t num_embeddings;
@@ -36,6 +50,7 @@ struct TileTable {
   int32_t lanes;         // threads that share a row: a column chunk
   int32_t chunks;
   int32_t index_column;
+  int32_t hot_count;  // a row that stands so often among 32 neighbours: its tile is grouped. 0: all tiles are
 };
 
 struct TileParams {
@@ -58,13 +73,14 @@ struct TileParams {
   int32_t slot_bits;
   int32_t zero_first;
   int32_t round_last;
+  int32_t round_packs;  // grad_weight is aligned to kRoundPack elements
 };
 
 // The shared memory of a block, sized by the tile.
 struct TileShared {
   int32_t* row;        // [slots] the row that a slot stands for
   uint32_t* count;     // [slots] its indices, then where its run begins
-  uint32_t* grouped;   // [tile] position in the tile << 16 | slot, runs of equal slots
+  uint32_t* grouped;   // [tile] the row of each position; then position << 16 | slot, runs of equal slots
   uint32_t* warp_sum;  // [kThreads / 32]
   void* edges;         // Edges
 
@@ -82,13 +98,22 @@ int64_t shared_bytes(const TileParams& params) {
   return 4 * (2 * params.slots + params.tile + kThreads / 32) + sizeof(Edges<acc_t<scalar_t>, kSize, kThreads>);
 }
 
-__device__ inline uint32_t find_or_insert(const TileShared& shared, const TileParams& params, int32_t row) {
+// Forgets what is in the first 1 << slot_bits slots. Ends with a barrier.
+__device__ inline void clear_slots(const TileShared& shared, int slot_bits) {
+  for (int slot = threadIdx.x; slot < 1 << slot_bits; slot += kThreads) {
+    shared.row[slot] = kEmpty;
+    shared.count[slot] = 0;
+  }
+  __syncthreads();
+}
+
+__device__ inline uint32_t find_or_insert(const TileShared& shared, int slot_bits, int32_t row) {
   // Fibonacci hashing (Knuth, vol. 3, 6.4) with linear probing at a load of one half at the most.
-  uint32_t slot = static_cast<uint32_t>(row) * 2654435769u >> (32 - params.slot_bits);
+  uint32_t slot = static_cast<uint32_t>(row) * 2654435769u >> (32 - slot_bits);
   while (true) {
     const int32_t found = atomicCAS(&shared.row[slot], kEmpty, row);
     if (found == kEmpty || found == row) return slot;
-    slot = (slot + 1) & (params.slots - 1);
+    slot = (slot + 1) & ((1 << slot_bits) - 1);
   }
 }
 
@@ -133,37 +158,58 @@ static __noinline__ __device__ void fail_in_tile(const TileParams& params, const
   }
 }
 
-// Fills shared.grouped from the tile that begins at `first_row`; returns how many indices are in it, padding left out.
-__device__ inline uint32_t group_tile(const TileShared& shared, const TileParams& params, const TileTable& table,
-                                      int64_t first_row) {
-  for (int slot = threadIdx.x; slot < params.slots; slot += kThreads) {
-    shared.row[slot] = kEmpty;
-    shared.count[slot] = 0;
-  }
-  __syncthreads();
+// Fills shared.grouped with the rows that a tile's indices name, kSkip for padding and behind the last. A thread reads
+// back what it has written, or waits.
+__device__ inline void load_rows(const TileShared& shared, const TileParams& params, const TileTable& table,
+                                 int64_t first_row) {
   uint32_t row[kItems];
-  uint32_t present = 0;
   bool in_range = true;  // checked together: a branch behind each load would make the next load wait for it
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     const int position = k * kThreads + threadIdx.x;
+    row[k] = kSkip;
     if (position < params.tile && first_row + position < params.num_rows) {
       const int64_t index =
           load_index(params.indices, params.index_type,
                      (first_row + position) * params.index_row_stride + table.index_column * params.index_table_stride);
       in_range = in_range && is_in_range(index, table.num_embeddings);  // nor is a negative int32, as V < 2^31
-      row[k] = static_cast<uint32_t>(index);
-      if (index != table.padding_idx) present |= 1u << k;
+      if (index != table.padding_idx) row[k] = static_cast<uint32_t>(index);
     }
   }
   if (!in_range) fail_in_tile(params, table, first_row);
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const int position = k * kThreads + threadIdx.x;
+    if (position < params.tile) shared.grouped[position] = row[k];
+  }
+}
+
+// Whether a row stands hot_count times or more among 32 neighbours in the tile. Uniform in the block; ends with a
+// barrier.
+__device__ inline bool has_hot_row(const TileShared& shared, const TileParams& params, const TileTable& table) {
+  bool hot = false;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    if (k * kThreads >= params.tile) break;
+    const int position = k * kThreads + threadIdx.x;
+    const uint32_t row = position < params.tile ? shared.grouped[position] : kSkip;
+    hot = hot || (__popc(__match_any_sync(kFullWarp, row)) >= table.hot_count && row != kSkip);
+  }
+  return __syncthreads_or(hot);
+}
+
+// Groups the loaded rows; returns how many there are, padding left out. Ends with a barrier.
+__device__ inline uint32_t group_tile(const TileShared& shared, const TileParams& params) {
+  clear_slots(shared, params.slot_bits);
   uint32_t slot[kItems];
   uint32_t rank[kItems];
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
+    const int position = k * kThreads + threadIdx.x;
+    const uint32_t row = position < params.tile ? shared.grouped[position] : kSkip;
     slot[k] = kSkip;
-    if (present >> k & 1) {
-      slot[k] = find_or_insert(shared, params, static_cast<int32_t>(row[k]));
+    if (row != kSkip) {
+      slot[k] = find_or_insert(shared, params.slot_bits, static_cast<int32_t>(row));
       rank[k] = atomicAdd(&shared.count[slot[k]], 1u);
     }
   }
@@ -180,24 +226,82 @@ __device__ inline uint32_t group_tile(const TileShared& shared, const TileParams
   return total;
 }
 
+// A thread's share of a tile: its columns, and every groups-th lookup or an equal part of the runs.
+template <typename scalar_t, int kSize>
+struct TileShare {
+  using sum_t = acc_t<scalar_t>;
+  int groups, group;
+  bool active;
+  int length;  // lookups in the tile
+  const scalar_t* grad;
+  sum_t* sums;
+
+  __device__ TileShare(const TileParams& params, const TileTable& table, int64_t first_row, int chunk)
+      : groups(small_quotient(kThreads, table.lanes)), group(small_quotient(threadIdx.x, table.lanes)) {
+    const int column = (chunk * table.lanes + threadIdx.x - group * table.lanes) * kSize;
+    active = group < groups && column < table.embedding_dim;
+    length = min(static_cast<int64_t>(params.tile), params.num_rows - first_row);
+    grad = static_cast<const scalar_t*>(params.grad_output) + table.first_column + column +
+           first_row * params.grad_output_stride;
+    sums = static_cast<sum_t*>(params.sums) + table.weight_offset + column;
+  }
+  // The gradients of lookups first + group, first + group + groups, ...
+  template <int kFrom, int kTo>
+  __device__ void load(const TileParams& params, int first, Pack<scalar_t, kSize>* value) const {
+#pragma unroll
+    for (int k = kFrom; k < kTo; ++k) {
+      const int position = first + k * groups + group;
+      if (active && position < length) value[k] = load_once<kSize>(grad + position * params.grad_output_stride);
+    }
+  }
+};
+
 // Sums the runs of the grouped list and adds each to the gradient.
 template <typename scalar_t, int kSize>
 __device__ inline void add_runs(const TileShared& shared, const TileParams& params, const TileTable& table,
                                 int64_t first_row, int chunk, uint32_t total) {
   using sum_t = acc_t<scalar_t>;
-  const int group = threadIdx.x / table.lanes;
-  const int column = (chunk * table.lanes + threadIdx.x - group * table.lanes) * kSize;
-  const bool active = group < kThreads / table.lanes && column < table.embedding_dim;
-  const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + table.first_column + column +
-                         first_row * params.grad_output_stride;
-  sum_t* sums = static_cast<sum_t*>(params.sums) + table.weight_offset + column;
+  const TileShare<scalar_t, kSize> share(params, table, first_row, chunk);
   sum_runs<scalar_t, kSize, kUnroll>(
-      total, table.lanes, active, *static_cast<Edges<sum_t, kSize, kThreads>*>(shared.edges),
+      total, table.lanes, share.active, *static_cast<Edges<sum_t, kSize, kThreads>*>(shared.edges),
       [&](uint32_t i) { return shared.grouped[i] & 0xffffu; },
-      [&](uint32_t i) { return grad + (shared.grouped[i] >> 16) * params.grad_output_stride; },
+      [&](uint32_t i) { return share.grad + (shared.grouped[i] >> 16) * params.grad_output_stride; },
       [&](uint32_t slot, const sum_t(&sum)[kSize]) {
-        add_atomically(sums + static_cast<int64_t>(shared.row[slot]) * table.embedding_dim, sum);
+        add_atomically(share.sums + static_cast<int64_t>(shared.row[slot]) * table.embedding_dim, sum);
       });
+}
+
+// Adds each lookup of a tile to the gradient by itself, after a grid-wide barrier if `*zeroed` is false. `value` holds
+// the gradients of the first.
+template <typename scalar_t, int kSize>
+__device__ inline void add_lookups(const TileShared& shared, const TileParams& params, const TileTable& table,
+                                   int64_t first_row, int chunk, Pack<scalar_t, kSize> (&ahead)[kAhead], bool* zeroed) {
+  const TileShare<scalar_t, kSize> share(params, table, first_row, chunk);
+  __syncthreads();
+  for (int first = 0; first < share.length; first += share.groups * kUnroll) {
+    Pack<scalar_t, kSize> value[kUnroll];
+    if (first > 0) {
+      share.template load<0, kUnroll>(params, first, value);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) value[k] = ahead[k];
+      share.template load<kAhead, kUnroll>(params, first, value);
+    }
+    if (!*zeroed) {
+      cooperative_groups::this_grid().sync();
+      *zeroed = true;
+    }
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      const int position = first + k * share.groups + share.group;
+      const uint32_t row = share.active && position < share.length ? shared.grouped[position] : kSkip;
+      if (row == kSkip) continue;
+      acc_t<scalar_t> sum[kSize];
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sum[j] = widen(value[k].value[j]);
+      add_atomically(share.sums + static_cast<int64_t>(row) * table.embedding_dim, sum);
+    }
+  }
 }
 
 template <typename scalar_t, int kSize>
@@ -213,18 +317,34 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
     fill_zero(params.sums, params.grad_weight_numel * sizeof(sum_t), thread, num_threads);
   }
   bool zeroed = !params.zero_first;
+  int sampled_table = -1;
+  bool groups = true;
   for (int work = blockIdx.x; work < params.num_work; work += gridDim.x) {
     const int t = find_last(params.first_work, params.num_tables, work);
     const TileTable& table = params.table[t];
     const int local = work - params.first_work[t];
     const int64_t first_row = static_cast<int64_t>(local / table.chunks) * params.tile;
     const int chunk = local % table.chunks;
-    const uint32_t total = group_tile(shared, params, table, first_row);
-    if (!zeroed) {
-      grid.sync();
-      zeroed = true;
+    // Asked for beside the indices where lookups may be added one by one.
+    Pack<scalar_t, kSize> value[kAhead];
+    if (table.hot_count != 0 && (t != sampled_table || !groups)) {
+      TileShare<scalar_t, kSize>(params, table, first_row, chunk).template load<0, kAhead>(params, 0, value);
     }
-    add_runs<scalar_t, kSize>(shared, params, table, first_row, chunk, total);
+    load_rows(shared, params, table, first_row);
+    if (t != sampled_table) {
+      groups = table.hot_count == 0 || has_hot_row(shared, params, table);
+      sampled_table = t;
+    }
+    if (groups) {
+      const uint32_t total = group_tile(shared, params);
+      if (!zeroed) {
+        grid.sync();
+        zeroed = true;
+      }
+      add_runs<scalar_t, kSize>(shared, params, table, first_row, chunk, total);
+    } else {
+      add_lookups<scalar_t, kSize>(shared, params, table, first_row, chunk, value, &zeroed);
+    }
     __syncthreads();
   }
   if (!zeroed) grid.sync();
@@ -234,7 +354,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
       grid.sync();
       const sum_t* sums = static_cast<const sum_t*>(params.sums);
       scalar_t* grad_weight = static_cast<scalar_t*>(params.grad_weight);
-      for (int64_t i = thread; i < params.grad_weight_numel; i += num_threads) {
+      const int64_t packs = params.round_packs ? params.grad_weight_numel / kRoundPack : 0;
+      for (int64_t i = thread; i < packs; i += num_threads) {
+        const Pack<sum_t, kRoundPack> pack = reinterpret_cast<const Pack<sum_t, kRoundPack>*>(sums)[i];
+        store<scalar_t>(grad_weight + i * kRoundPack, pack.value);
+      }
+      for (int64_t i = packs * kRoundPack + thread; i < params.grad_weight_numel; i += num_threads) {
         grad_weight[i] = narrow<scalar_t>(sums[i]);
       }
     }
@@ -260,9 +385,11 @@ FeStatus launch(TileParams& params, const DeviceInfo& device, cudaStream_t strea
     if (zeroed != FE_OK) return zeroed;
     params.zero_first = 0;
   }
-  // Zeros take the whole device; with few, no more blocks than there is work.
+  // Zeros and rounding take the whole device; with few of them, no more blocks than there is work.
+  const int64_t passed_bytes =
+      params.zero_first || params.round_last ? params.grad_weight_numel * sizeof(acc_t<scalar_t>) : 0;
   const int64_t wanted =
-      std::max<int64_t>(params.num_work, ceil_div(params.zero_first ? zero_bytes : 0, kThreads * 16 * 4));
+      std::max<int64_t>(params.num_work, ceil_div(passed_bytes, kThreads * 16 * (params.round_last ? 1 : 4)));
   const dim3 grid(static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, resident)));
   return launch_cooperative(tile_backward<scalar_t, kSize>, grid, dim3(kThreads), shared, params, stream,
                             "backward_tile");
@@ -276,6 +403,15 @@ struct TileLaunch {
   TileLaunch(int64_t pack_bytes, const TileParams& common) : pack(pack_bytes), params(common) {}
 };
 
+// See TileTable.
+int32_t hot_count(const FeBackwardArgs& args, const TableSlice& table) {
+  if (args.num_rows > std::max(kMaxChain, kMaxRepeats * table.num_embeddings)) return 0;
+  const double row_bytes = static_cast<double>(table.embedding_dim) * accumulator_bytes(args.scalar_type);
+  const double queued = kQueueMicroseconds / (kAtomicMicroseconds + row_bytes * kAtomicMicrosecondsPerByte);
+  const double share = std::min(queued, static_cast<double>(kMaxChain)) / static_cast<double>(args.num_rows);
+  return static_cast<int32_t>(std::clamp(std::ceil(32 * share), kMinHotCount, 33.0));
+}
+
 void add_table(const FeBackwardArgs& args, const TableSlice& source, TileLaunch* launch) {
   TileParams& params = launch->params;
   params.first_work[params.num_tables] = params.num_work;
@@ -286,6 +422,7 @@ void add_table(const FeBackwardArgs& args, const TableSlice& source, TileLaunch*
   table.embedding_dim = static_cast<int32_t>(source.embedding_dim);
   table.first_column = static_cast<int32_t>(source.first_column);
   table.index_column = static_cast<int32_t>(source.index_column);
+  table.hot_count = hot_count(args, source);
   split_columns(ceil_div(std::max<int64_t>(source.embedding_dim, 1) * scalar_bytes(args.scalar_type), launch->pack),
                 &table);
   params.num_work += static_cast<int32_t>(ceil_div(args.num_rows, params.tile) * table.chunks);
@@ -297,7 +434,7 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
                        size_t* workspace_bytes, cudaStream_t stream) {
   const FeBackwardArgs& args = call.args;
   const bool scratch = scalar_bytes(args.scalar_type) == 2;
-  if (plan.tile < kThreads || plan.tile > kMaxTile || plan.tile % kThreads != 0 ||
+  if (plan.tile < kTileStep || plan.tile > kMaxTile || plan.tile % kTileStep != 0 ||
       scratch != (plan.float32_scratch != 0)) {
     return FE_INVALID_ARGUMENT;
   }
@@ -320,14 +457,13 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
   common.grad_weight = args.grad_weight;
   common.grad_weight_numel = args.grad_weight_numel;
   common.tile = plan.tile;
-  common.slot_bits = 1;
-  while (1 << common.slot_bits < 2 * plan.tile) ++common.slot_bits;
+  while (1 << common.slot_bits < std::max(2 * plan.tile, kThreads)) ++common.slot_bits;
   common.slots = 1 << common.slot_bits;
 
   // A launch for each width and 64 tables. The first writes the zeros, the last rounds.
   std::vector<TileLaunch> launches;
   for (const TableSlice& table : call.tables) {
-    const int64_t pack = pack_bytes(args, table);
+    const int64_t pack = narrow_pack_bytes(args, table);
     const auto takes = [&](const TileLaunch& launch) {
       return launch.pack == pack && launch.params.num_tables < kMaxTables;
     };
@@ -337,9 +473,10 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
   }
   launches.front().params.zero_first = 1;
   launches.back().params.round_last = scratch;
+  launches.back().params.round_packs = reinterpret_cast<uintptr_t>(args.grad_weight) % 8 == 0;
   for (TileLaunch& each : launches) {
     const FeStatus status = dispatch_scalar(args.scalar_type, [&](auto scalar) {
-      return dispatch_pack<decltype(scalar)>(each.pack, [&](auto size) {
+      return dispatch_narrow_pack<decltype(scalar)>(each.pack, [&](auto size) {
         return launch<decltype(scalar), decltype(size)::value>(each.params, device, stream);
       });
     });

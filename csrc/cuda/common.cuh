@@ -104,19 +104,24 @@ __device__ inline void store(scalar_t* address, const acc_t<scalar_t> (&sum)[kSi
   *reinterpret_cast<Pack<scalar_t, kSize>*>(address) = pack;
 }
 
-// Adds to memory that other blocks add to. sm_90 takes four floats in one transaction, older chips one.
+// Adds to memory that other blocks add to. sm_90 takes four floats in one transaction, or two, older
+// chips one.
 template <typename T, int kSize>
 __device__ inline void add_atomically(T* address, const T (&sum)[kSize]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(FE_SCALAR_ATOMICS)
   constexpr bool kFours = sizeof(T) == 4 && kSize % 4 == 0;
+  constexpr bool kTwos = sizeof(T) == 4 && kSize == 2;
 #else
   constexpr bool kFours = false;
+  constexpr bool kTwos = false;
 #endif
   if constexpr (kFours) {
 #pragma unroll
     for (int j = 0; j < kSize; j += 4) {
       atomicAdd(reinterpret_cast<float4*>(address + j), make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]));
     }
+  } else if constexpr (kTwos) {
+    atomicAdd(reinterpret_cast<float2*>(address), make_float2(sum[0], sum[1]));
   } else {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) atomicAdd(address + j, sum[j]);
@@ -168,6 +173,12 @@ __device__ inline bool is_in_range(int64_t index, int64_t num_embeddings) {
 // Never returns with an index outside [0, num_embeddings).
 __device__ inline void check_index(int64_t index, int64_t num_embeddings) {
   if (!is_in_range(index, num_embeddings)) fail_out_of_range(index, num_embeddings);
+}
+
+// a / b for numbers below 2^14: in a third of the instructions of an integer division. The half keeps the quotient of
+// floats, which is off by a few units in the last place, from falling below a whole number.
+__device__ inline uint32_t small_quotient(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(__fdividef(static_cast<float>(a) + 0.5f, static_cast<float>(b)));
 }
 
 // Division of numbers below 2^31 by a divisor fixed at launch: multiply, add, shift (Granlund and Montgomery 1994).
@@ -245,10 +256,11 @@ struct TableSlice : FeTable {
   int64_t first_column;
 };
 
-// What a strategy is asked to do: the gradient of some of a call's tables.
+// What a strategy is asked to do: the gradient of some of a call's tables, and zeros wherever else grad_weight is.
 struct BackwardCall {
   const FeBackwardArgs& args;  // what all tables share; the tables are those below
   std::vector<TableSlice> tables;
+  bool zeroed = false;  // what is not of these tables has been written. Only PRIVATE heeds it: the others go first
 };
 
 // The widest access that all of a table's rows allow in grad_output and in grad_weight: 16 or 8 bytes or one element.
@@ -280,6 +292,20 @@ FeStatus dispatch_scalar(FeScalarType type, Function&& f) {
 template <typename scalar_t, typename Function>
 FeStatus dispatch_pack(int64_t bytes, Function&& f) {
   if (bytes == 16) return f(std::integral_constant<int, kWide<scalar_t>>{});
+  if (bytes == 8) return f(std::integral_constant<int, kHalf<scalar_t>>{});
+  return f(std::integral_constant<int, 1>{});
+}
+
+// The same where a thread sums at most 16 bytes of accumulators: twice as many of a 16-bit type would not fit into
+// registers beside the loads in flight.
+inline int64_t narrow_pack_bytes(const FeBackwardArgs& args, const TableSlice& table) {
+  return std::min<int64_t>(pack_bytes(args, table), scalar_bytes(args.scalar_type) == 2 ? 8 : 16);
+}
+template <typename scalar_t, typename Function>
+FeStatus dispatch_narrow_pack(int64_t bytes, Function&& f) {
+  if constexpr (sizeof(scalar_t) > 2) {
+    if (bytes == 16) return f(std::integral_constant<int, kWide<scalar_t>>{});
+  }
   if (bytes == 8) return f(std::integral_constant<int, kHalf<scalar_t>>{});
   return f(std::integral_constant<int, 1>{});
 }

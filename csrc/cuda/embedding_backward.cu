@@ -41,7 +41,7 @@ FePlanQuery plan_query(const BackwardCall& call, const DeviceInfo& device) {
   query.num_tables = static_cast<int64_t>(call.tables.size());
   for (const TableSlice& table : call.tables) {
     query.num_embeddings += table.num_embeddings;
-    query.embedding_dim = std::max(query.embedding_dim, table.embedding_dim);
+    query.embedding_dim += table.embedding_dim;
   }
   query.num_indices = args.num_rows;
   query.grad_weight_numel = args.grad_weight_numel;
@@ -49,6 +49,54 @@ FePlanQuery plan_query(const BackwardCall& call, const DeviceInfo& device) {
   query.scale_grad_by_freq = args.scale_grad_by_freq;
   query.device = device.properties;
   return query;
+}
+
+FeStatus run_by(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
+                size_t* workspace_bytes, cudaStream_t stream) {
+  const bool knows_runs = plan.strategy == FE_STRATEGY_OWN || plan.strategy == FE_STRATEGY_SORT;
+  if (call.args.scale_grad_by_freq && !knows_runs) return FE_INVALID_ARGUMENT;
+  switch (plan.strategy) {
+    case FE_STRATEGY_OWN:
+      return backward_own(plan, call, device, workspace, workspace_bytes, stream);
+    case FE_STRATEGY_PRIVATE:
+      return backward_private(plan, call, device, workspace, workspace_bytes, stream);
+    case FE_STRATEGY_TILE:
+      return backward_tile(plan, call, device, workspace, workspace_bytes, stream);
+    case FE_STRATEGY_SORT:
+      return backward_sort(plan, call, device, workspace, workspace_bytes, stream);
+  }
+  return FE_INVALID_ARGUMENT;
+}
+
+// Small tables by PRIVATE, the others by the plan for them. Those go first: they write all of grad_weight, and one
+// workspace serves both.
+FeStatus run_planned(const BackwardCall& call, const DeviceInfo& device, void* workspace, size_t* workspace_bytes,
+                     cudaStream_t stream) {
+  std::vector<uint8_t> chosen(call.tables.size());
+  FePlan small_plan;
+  FeStatus status = fe_plan_private_tables(&call.args, &device.properties, chosen.data(), &small_plan);
+  if (status != FE_OK) return status;
+  BackwardCall small{call.args, {}};
+  BackwardCall others{call.args, {}};
+  for (size_t t = 0; t < call.tables.size(); ++t) (chosen[t] ? small : others).tables.push_back(call.tables[t]);
+
+  size_t needed = 0;
+  const auto run_part = [&](const FePlan& plan, const BackwardCall& part) {
+    size_t bytes = workspace == nullptr ? 0 : *workspace_bytes;
+    const FeStatus ran = run_by(plan, part, device, workspace, &bytes, stream);
+    needed = std::max(needed, bytes);
+    return ran;
+  };
+  if (!others.tables.empty()) {
+    FePlan plan;
+    const FePlanQuery query = plan_query(others, device);
+    status = fe_plan_embedding_backward(&query, &plan);
+    if (status == FE_OK) status = run_part(plan, others);
+    small.zeroed = true;
+  }
+  if (status == FE_OK && !small.tables.empty()) status = run_part(small_plan, small);
+  if (status == FE_OK && workspace == nullptr) *workspace_bytes = needed;
+  return status;
 }
 
 FeStatus run(const FePlan* given, const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes, void* stream) {
@@ -69,27 +117,8 @@ FeStatus run(const FePlan* given, const FeBackwardArgs* args, void* workspace, s
   }
 
   const BackwardCall call = combined(*args);
-  FePlan plan;
-  if (given != nullptr) {
-    plan = *given;
-  } else {
-    const FePlanQuery query = plan_query(call, *device);
-    status = fe_plan_embedding_backward(&query, &plan);
-    if (status != FE_OK) return status;
-  }
-  const bool knows_runs = plan.strategy == FE_STRATEGY_OWN || plan.strategy == FE_STRATEGY_SORT;
-  if (args->scale_grad_by_freq && !knows_runs) return FE_INVALID_ARGUMENT;
-  switch (plan.strategy) {
-    case FE_STRATEGY_OWN:
-      return backward_own(plan, call, *device, workspace, workspace_bytes, cuda_stream);
-    case FE_STRATEGY_PRIVATE:
-      return backward_private(plan, call, *device, workspace, workspace_bytes, cuda_stream);
-    case FE_STRATEGY_TILE:
-      return backward_tile(plan, call, *device, workspace, workspace_bytes, cuda_stream);
-    case FE_STRATEGY_SORT:
-      return backward_sort(plan, call, *device, workspace, workspace_bytes, cuda_stream);
-  }
-  return FE_INVALID_ARGUMENT;
+  if (given != nullptr) return run_by(*given, call, *device, workspace, workspace_bytes, cuda_stream);
+  return run_planned(call, *device, workspace, workspace_bytes, cuda_stream);
 }
 
 }  // namespace

@@ -36,8 +36,8 @@ struct Edges {
 };
 
 // Each lane group (`lanes` threads that share a row) takes an equal share of the list, whatever the runs. A run that
-// reaches over shares is put together by the group in which it begins, so every run is emitted once, and a hot row's
-// sum has several levels of a few hundred additions at the most instead of one long chain.
+// reaches over shares is put together by the group in which it begins, so every run is emitted once. The parts of a
+// long one are added by pairs, so a hot row costs a few steps more than others, and its sum is no long chain.
 //
 //   row_at(i)            tells runs apart
 //   gradient_at(i)       where entry i's columns of this thread stand in grad_output
@@ -49,22 +49,23 @@ template <typename scalar_t, int kSize, int kUnroll, int kThreads, typename RowA
 __device__ inline void sum_runs(uint32_t length, int lanes, bool active, Edges<acc_t<scalar_t>, kSize, kThreads>& edges,
                                 RowAt row_at, GradientAt gradient_at, Emit emit) {
   using sum_t = acc_t<scalar_t>;
-  const int groups = kThreads / lanes;
-  const uint32_t group = threadIdx.x / lanes;
-  const uint32_t share = (length + groups - 1) / groups;
+  const uint32_t groups = small_quotient(kThreads, lanes);
+  const uint32_t group = small_quotient(threadIdx.x, lanes);
+  const uint32_t share = small_quotient(length + groups - 1, groups);
   const uint32_t begin = min(group * share, length);
   const uint32_t end = min(begin + share, length);
 
   sum_t sum[kSize] = {};
   uint32_t current = 0;
   bool pending = false;
+  bool goes_on = false;  // this group's share lies within one run, and the sum is to be handed over
   if (active && begin < end) {
     current = row_at(begin);
     bool incoming = begin > 0 && row_at(begin - 1) == current;
-    const auto hand_over = [&](bool goes_on) {
+    const auto hand_over = [&](bool continues) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) edges.sum[threadIdx.x].value[j] = sum[j];
-      edges.goes_on[threadIdx.x] = goes_on;
+      edges.goes_on[threadIdx.x] = continues;
     };
     for (uint32_t i = begin; i < end; i += kUnroll) {
       uint32_t row[kUnroll];
@@ -96,19 +97,33 @@ __device__ inline void sum_runs(uint32_t length, int lanes, bool active, Edges<a
     const bool outgoing = end < length && row_at(end) == current;
     if (incoming) {
       hand_over(outgoing);
+      goes_on = outgoing;
     } else if (outgoing) {
       pending = true;
     } else {
       emit(current, sum);
     }
   }
-  __syncthreads();
-  if (pending) {
-    for (int thread = threadIdx.x + lanes; thread < groups * lanes; thread += lanes) {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) sum[j] += edges.sum[thread].value[j];
-      if (!edges.goes_on[thread]) break;
+  // Step by step the parts of 2, 4, 8, ... groups.
+  for (int distance = lanes; __syncthreads_or(goes_on); distance *= 2) {
+    Pack<sum_t, kSize> next;
+    bool next_goes_on = false;
+    if (goes_on) {
+      next = edges.sum[threadIdx.x + distance];
+      next_goes_on = edges.goes_on[threadIdx.x + distance];
     }
+    __syncthreads();
+    if (goes_on) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sum[j] += next.value[j];
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) edges.sum[threadIdx.x].value[j] = sum[j];
+      edges.goes_on[threadIdx.x] = goes_on = next_goes_on;
+    }
+  }
+  if (pending) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sum[j] += edges.sum[threadIdx.x + lanes].value[j];
     emit(current, sum);
   }
 }

@@ -33,7 +33,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a meaning changes; the binding refuses a library of another version. */
-#define FE_ABI_VERSION 3
+#define FE_ABI_VERSION 4
 
 typedef enum FeStatus {
   FE_OK = 0,
@@ -160,7 +160,7 @@ FE_EXPORT FeStatus fe_cuda_embedding_forward(const FeForwardArgs* args, void* wo
 FE_EXPORT FeStatus fe_cuda_embedding_backward(const FeBackwardArgs* args, void* workspace, size_t* workspace_bytes,
                                               void* stream);
 
-/* ---- The plan: which CUDA kernel runs the backward of one table. Pure; both libraries export it. --------------- */
+/* ---- The plan: which CUDA kernels run the backward. Pure; both libraries export it. ----------------------------- */
 
 typedef enum FeStrategy {
   FE_STRATEGY_OWN = 0,     /* a block owns rows and picks their indices from all: few indices. Deterministic */
@@ -181,7 +181,7 @@ typedef struct FePlanQuery {
   FeScalarType scalar_type;
   int64_t num_tables;
   int64_t num_embeddings; /* V, of all tables together */
-  int64_t embedding_dim;  /* D, the largest */
+  int64_t embedding_dim;  /* D, of all tables together */
   int64_t num_indices;    /* N, of one table */
   int64_t grad_weight_numel;
   int32_t deterministic;
@@ -202,6 +202,11 @@ typedef struct FePlan {
 
 /* FE_UNSUPPORTED where no kernel takes the sizes (2^31 indices or rows and more). */
 FE_EXPORT FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan* plan);
+
+/* Of a call of several tables: those that share one launch of PRIVATE by *plan, chosen[t] != 0. The others are planned
+ * by fe_plan_embedding_backward as if they were alone. plan->strategy is PRIVATE even if no table is chosen. */
+FE_EXPORT FeStatus fe_plan_private_tables(const FeBackwardArgs* args, const FeDevice* device, uint8_t* chosen,
+                                          FePlan* plan);
 
 /* fe_cuda_embedding_backward by a given plan instead of the table's: for tests and for tuning. FE_INVALID_ARGUMENT
  * where the plan does not fit the arguments. */
