@@ -11,10 +11,11 @@
 namespace fast_embedding {
 namespace {
 
-constexpr int kThreads = 128;       // measured: 256 is 4% slower on rows of 512 bytes
-constexpr int kUnroll = 4;          // independent index and row loads in flight in a thread
-constexpr int kMaxTables = 64;      // in one launch: the parameters of a kernel end at 4 KB
-constexpr int kTableThreads = 256;  // several tables: at most; a block has as many as its part of a row allows
+constexpr int kThreads = 128;         // measured: 256 is 4% slower on rows of 512 bytes
+constexpr int kUnroll = 4;            // independent index and row loads in flight in a thread
+constexpr int kMaxTables = 64;        // in one launch: the parameters of a kernel end at 4 KB
+constexpr int kTableThreads = 256;    // several tables: at most; a block has as many as its part of a row allows
+constexpr int kTableBlocksPerSm = 4;  // at least: unbounded, the compiler keeps one load in flight to save registers
 constexpr int64_t kThreadsOfSm = 2048;
 
 // Several tables: rows in flight in a thread, which takes up to twice as many. Measured: eight short words are 1.2
@@ -148,7 +149,8 @@ __device__ inline void gather_words(Column<index_t>* column) {
 }
 
 template <typename index_t, typename word_t>
-__global__ void __launch_bounds__(kTableThreads) gather_tables(const __grid_constant__ TableParams params) {
+__global__ void __launch_bounds__(kTableThreads, kTableBlocksPerSm)
+    gather_tables(const __grid_constant__ TableParams params) {
   __shared__ int32_t first_word[kMaxTables];
   __shared__ Source source[kMaxTables];
   if (static_cast<int>(threadIdx.x) < params.num_tables) {
