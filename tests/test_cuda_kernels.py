@@ -300,6 +300,28 @@ def test_forward_is_exact(library, sizes, num_rows, dtype):
         assert torch.equal(problem.forward(library), problem.reference_output())
 
 
+# Output rows that several blocks share, at numbers of rows that give a thread one of them, a few and twice as many.
+WIDE_OUTPUTS = [
+    [(40, 81), (9, 300), (700, 7), (5, 1), (1000, 130)],
+    [(100, 64), (30, 128), (7, 1200)],
+    [(3 + t, 1 + 2 * t) for t in range(60)],
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", WIDE_OUTPUTS, ids=lambda sizes: f"{len(sizes)} tables")
+@pytest.mark.parametrize("num_rows", [1, 77, 1700, 9001])
+def test_forward_into_columns_of_a_wider_output(library, sizes, num_rows, dtype):
+    for index_dtype, left, right in ((torch.int64, 8, 8), (torch.int32, 3, 2)):  # 16 bytes apart, and not
+        problem = Problem(sizes, num_rows, dtype, index_dtype)
+        problem.indices = problem.indices.t().contiguous().t()
+        wide = torch.full((num_rows, left + problem.total_dim + right), 7, dtype=dtype, device="cuda")
+        problem.output = wide[:, left : left + problem.total_dim]
+        assert torch.equal(problem.forward(library), problem.reference_output())
+        problem.output.fill_(7)
+        assert (wide == 7).all(), "the kernel wrote beside its columns"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", ONE_TABLE, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 300, 2048, 9001])
@@ -500,9 +522,10 @@ def test_strided_arguments_of_sums(library, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_read_a_shared_table(library, dtype):
-    problem = Problem(summed([50, 8, 50], 12), 3000, dtype, combination=abi.SUM)
-    problem.offsets[2] = problem.tables[2].weight_offset = problem.offsets[0]
-    assert torch.equal(problem.forward(library), problem.reference_output())
+    for reader, owner in ((2, 0), (0, 2)):  # the first table begins where they all do, and not
+        problem = Problem(summed([50, 8, 50], 12), 3000, dtype, combination=abi.SUM)
+        problem.offsets[reader] = problem.tables[reader].weight_offset = problem.offsets[owner]
+        assert torch.equal(problem.forward(library), problem.reference_output())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -193,9 +193,9 @@ struct Divisor {
   __device__ uint32_t quotient(uint32_t value) const { return (__umulhi(value, multiplier) + value) >> shift; }
 };
 
-// The last of `count` ascending numbers in kernel parameters that is not above `number`: to which table a work item
-// belongs, items being counted through the tables. By halves, and in an array of nothing else: a kernel that starts
-// finds its parameters in no cache.
+// The last of `count` ascending numbers that is not above `number`: to which table a work item belongs, items being
+// counted through the tables. By halves, and in an array of nothing else: a kernel that starts finds its parameters in
+// no cache.
 __device__ inline int find_last(const int32_t* first, int count, int32_t number) {
   int low = 0;
   int high = count - 1;

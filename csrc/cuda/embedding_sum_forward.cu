@@ -2,10 +2,9 @@
 // float64), rounded once. One launch for up to kMaxTables tables; more of them carry their sums from launch to launch.
 //
 // A block takes a few rows of the output. It first works out where the rows of all tables begin, once for all words of
-// a row: done for each word, addresses and checks would take twice the instructions of the sum itself. Then every
-// thread sums one word of the output at a time, of 16, 8, 4 or 2 bytes, with as many table rows in flight as 16
-// registers hold. Small tables are read from the L1, whose rate bounds this kernel: n rows are read for each that is
-// written.
+// a row: done for each word, addresses and checks would take twice the instructions of the sum itself. Then a thread
+// keeps one word of the row, of 16, 8, 4 or 2 bytes, and walks over rows, with the words of four tables in flight.
+// Small tables are read from the L1, whose rate bounds this kernel: n rows are read for each that is written.
 #include <algorithm>
 
 #include "forward.cuh"
@@ -13,25 +12,19 @@
 namespace fast_embedding {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 384;     // at most; a block has as many as its part of a row allows. 5 x 75 for 300 float32
+constexpr int kBlocksPerSm = 2;   // at least: unbounded, the compiler keeps two tables in flight to save registers
 constexpr int kMaxTables = 64;    // in one launch: the parameters of a kernel end at 4 KB
-constexpr int kMaxStarts = 2048;  // of a block's table rows, 16 KB
+constexpr int kMaxStarts = 4096;  // of a block's table rows, 16 KB
 constexpr int kIndexUnroll = 4;   // index loads in flight in a thread
-constexpr int kMaxWordsOfThread = 4;
+constexpr int kMaxRowsOfThread = 4;
 constexpr int64_t kThreadsOfSm = 2048;
-static_assert(kMaxTables <= kThreads && kMaxTables <= kMaxStarts);
-
-// Words of kBytes that a thread has in flight.
-template <int kBytes>
-constexpr int kUnroll = kBytes == 16 ? 4 : 8;
-
-using Start = const char*;
-using StartPair = Pack<Start, 2>;  // read by one access
+static_assert(kMaxTables * kMaxTables <= kMaxStarts);  // so a block has a thread a table
 
 struct SumTable {
-  Start weight;
+  uint32_t start;  // where it begins, in words from params.weight
   uint32_t num_embeddings;
-  uint32_t row_bytes;  // from a row to the next
+  uint32_t row_words;  // from a row to the next
 };
 
 // A kernel that starts finds its parameters in no cache: few bytes of them, and those used together side by side.
@@ -39,7 +32,7 @@ struct SumParams {
   Divisor chunks_divisor;
   int32_t chunks;  // of a row, each with a block of its own
   int32_t rows_of_block;
-  int32_t num_tables;
+  uint32_t num_tables;
   Divisor tables_divisor;
   FeIndexType index_type;
   int64_t num_rows;
@@ -48,25 +41,28 @@ struct SumParams {
   int64_t index_table_stride;
   int32_t words_of_row;
   int32_t words_of_chunk;  // of the last one: up to this many
+  uint32_t rows_of_step;   // which a block writes at a time
   Divisor words_divisor;   // by words_of_chunk
-  int16_t is_first;
-  int16_t is_last;
+  const char* weight;      // where the first of the tables begins
+  int32_t is_first;
+  int32_t is_last;
   void* output;
   int64_t output_stride;
   void* carried;  // accumulators: the sums of the tables of earlier launches
   int64_t carried_stride;
   SumTable table[kMaxTables];
 
-  // How many starts a row takes: pairs of them are read by one access.
-  __host__ __device__ int starts_of_row() const { return (num_tables + 1) / 2 * 2; }
+  // How many starts a row takes: they are read in fours.
+  __host__ __device__ uint32_t starts_of_row() const { return (num_tables + 3) / 4 * 4; }
 };
 
-// Fills starts[row * starts_of_row() + t]: where the row of table t begins that is read for output row first_row + row.
-__device__ inline void find_rows(const SumParams& params, int64_t first_row, int num_rows, Start* starts) {
+// Fills starts[row * starts_of_row() + t]: where, in words, the row of table t begins that is read for output row
+// first_row + row.
+__device__ inline void find_rows(const SumParams& params, int64_t first_row, int num_rows, uint32_t* starts) {
   // A thread keeps to one table, whose parameters it then reads once: different ones cost a warp an access each.
   const int first = static_cast<int>(params.tables_divisor.quotient(threadIdx.x));
   const int t = threadIdx.x - first * params.num_tables;
-  const int step = static_cast<int>(params.tables_divisor.quotient(kThreads));
+  const int step = static_cast<int>(params.tables_divisor.quotient(blockDim.x));
   if (first >= step) return;
   const SumTable table = params.table[t];
   const int64_t position = first_row * params.index_row_stride + t * params.index_table_stride;
@@ -80,13 +76,30 @@ __device__ inline void find_rows(const SumParams& params, int64_t first_row, int
       }
     }
     // Only now: a check behind each load would make the next load wait for it.
+    bool in_range = true;
 #pragma unroll
     for (int k = 0; k < kIndexUnroll; ++k) {
       const int row = begin + k * step;
       if (row < num_rows) {
         index[k] = signed_index(index[k], params.index_type);
-        check_index(index[k], table.num_embeddings);
-        starts[row * params.starts_of_row() + t] = table.weight + index[k] * table.row_bytes;
+        in_range = in_range && is_in_range(index[k], table.num_embeddings);
+      }
+    }
+    if (!in_range) {
+      // Read again: the way to the printing should take no registers from the other.
+#pragma unroll 1
+      for (int row = begin; row < num_rows; row += step) {
+        const int64_t at = position + row * params.index_row_stride;
+        check_index(signed_index(load_index(params.indices, params.index_type, at), params.index_type),
+                    table.num_embeddings);
+      }
+      __trap();  // reached only if somebody wrote to the indices meanwhile
+    }
+#pragma unroll
+    for (int k = 0; k < kIndexUnroll; ++k) {
+      const int row = begin + k * step;
+      if (row < num_rows) {
+        starts[row * params.starts_of_row() + t] = table.start + static_cast<uint32_t>(index[k]) * table.row_words;
       }
     }
   }
@@ -112,32 +125,26 @@ __device__ inline void add_word(const word_t& word, acc_t<scalar_t> (&sum)[kSize
   }
 }
 
-// sum += the words at the first `count` of starts, in order; all are in flight before the first is used.
-template <typename scalar_t, int kSize, int kRows>
-__device__ inline void add_words(const StartPair* starts, int64_t byte, int count, acc_t<scalar_t> (&sum)[kSize]) {
-  using word_t = typename Word<sizeof(scalar_t) * kSize>::type;
-  word_t word[kRows];
+// sum += the words at the first kCount of four starts, in order; all are in flight before the first is used.
+template <int kCount, typename word_t, typename scalar_t, int kSize>
+__device__ inline void add_words(uintptr_t column, const uint4* starts, acc_t<scalar_t> (&sum)[kSize]) {
+  const uint4 four = *starts;
+  const uint32_t start[] = {four.x, four.y, four.z, four.w};
+  word_t word[kCount];
 #pragma unroll
-  for (int k = 0; k < kRows; k += 2) {
-    if (k < count) {
-      const StartPair pair = starts[k / 2];
-      word[k] = __ldg(reinterpret_cast<const word_t*>(pair.value[0] + byte));
-      if (k + 1 < count) word[k + 1] = __ldg(reinterpret_cast<const word_t*>(pair.value[1] + byte));
-    }
+  for (int k = 0; k < kCount; ++k) {
+    // One instruction, a multiplication and addition; a pointer and an index would take four.
+    word[k] = __ldg(reinterpret_cast<const word_t*>(column + uint64_t{start[k]} * sizeof(word_t)));
   }
 #pragma unroll
-  for (int k = 0; k < kRows; ++k) {
-    if (k < count) add_word<scalar_t>(word[k], sum);
-  }
+  for (int k = 0; k < kCount; ++k) add_word<scalar_t>(word[k], sum);
 }
 
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kThreads) sum_tables(const __grid_constant__ SumParams params) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) sum_tables(const __grid_constant__ SumParams params) {
   using sum_t = acc_t<scalar_t>;
   using word_t = typename Word<sizeof(scalar_t) * kSize>::type;
-  constexpr int kRows = kUnroll<sizeof(word_t)>;
-  extern __shared__ __align__(16) char memory[];
-  Start* starts = reinterpret_cast<Start*>(memory);
+  extern __shared__ __align__(16) uint32_t starts[];
 
   const uint32_t group = params.chunks_divisor.quotient(blockIdx.x);
   const int first_word = static_cast<int>(blockIdx.x - group * params.chunks) * params.words_of_chunk;
@@ -146,26 +153,39 @@ __global__ void __launch_bounds__(kThreads) sum_tables(const __grid_constant__ S
   find_rows(params, first_row, num_rows, starts);
   __syncthreads();
 
-  for (int i = threadIdx.x; i < num_rows * params.words_of_chunk; i += kThreads) {
-    const int row = static_cast<int>(params.words_divisor.quotient(i));
-    const int word = first_word + i - row * params.words_of_chunk;
-    if (word >= params.words_of_row) continue;
-    const int64_t column = static_cast<int64_t>(word) * kSize;
-    sum_t* carried = static_cast<sum_t*>(params.carried) + (first_row + row) * params.carried_stride + column;
+  const uint32_t local_row = params.words_divisor.quotient(threadIdx.x);
+  const int word = first_word + static_cast<int>(threadIdx.x - local_row * params.words_of_chunk);
+  if (local_row >= params.rows_of_step || word >= params.words_of_row) return;
+  const uintptr_t column = reinterpret_cast<uintptr_t>(params.weight) + word * sizeof(word_t);
+  const int64_t first_element = static_cast<int64_t>(word) * kSize;
+  scalar_t* output =
+      static_cast<scalar_t*>(params.output) + (first_row + local_row) * params.output_stride + first_element;
+  sum_t* carried =
+      static_cast<sum_t*>(params.carried) + (first_row + local_row) * params.carried_stride + first_element;
+  const int64_t output_step = params.rows_of_step * params.output_stride;
+  const uint32_t fours_of_row = params.starts_of_row() / 4;
+  const uint4* start = reinterpret_cast<const uint4*>(starts) + local_row * fours_of_row;
+
+#pragma unroll 1
+  for (int row = static_cast<int>(local_row); row < num_rows; row += static_cast<int>(params.rows_of_step)) {
     sum_t sum[kSize] = {};
     if (!params.is_first) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) sum[j] = carried[j];
     }
-    const StartPair* pairs = reinterpret_cast<const StartPair*>(starts + row * params.starts_of_row());
-    const int64_t byte = column * sizeof(scalar_t);
-    int t = 0;
+    uint32_t four = 0;
 #pragma unroll 1
-    for (; t + kRows <= params.num_tables; t += kRows) {
-      add_words<scalar_t, kSize, kRows>(pairs + t / 2, byte, kRows, sum);
-    }
-    if (t < params.num_tables) {
-      add_words<scalar_t, kSize, kRows>(pairs + t / 2, byte, params.num_tables - t, sum);
+    for (; four < params.num_tables / 4; ++four) add_words<4, word_t, scalar_t>(column, start + four, sum);
+    switch (params.num_tables % 4) {
+      case 1:
+        add_words<1, word_t, scalar_t>(column, start + four, sum);
+        break;
+      case 2:
+        add_words<2, word_t, scalar_t>(column, start + four, sum);
+        break;
+      case 3:
+        add_words<3, word_t, scalar_t>(column, start + four, sum);
+        break;
     }
     if (params.is_last) {
       Pack<scalar_t, kSize> pack;
@@ -173,40 +193,48 @@ __global__ void __launch_bounds__(kThreads) sum_tables(const __grid_constant__ S
       for (int j = 0; j < kSize; ++j) pack.value[j] = narrow<scalar_t>(sum[j]);
       word_t rounded;
       memcpy(&rounded, &pack, sizeof(rounded));
-      scalar_t* output = static_cast<scalar_t*>(params.output) + (first_row + row) * params.output_stride + column;
       __stcs(reinterpret_cast<word_t*>(output), rounded);  // evict first: the output must not push out the tables
     } else {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) carried[j] = sum[j];
     }
+    start += params.rows_of_step * fours_of_row;
+    output += output_step;
+    carried += params.rows_of_step * params.carried_stride;
   }
 }
 
-// Which rows and words a block takes: up to kMaxWordsOfThread a thread, and fewer where that leaves no SM idle.
-FeStatus lay_out_blocks(const FeForwardArgs& args, int64_t words, int num_sms, SumParams* params, unsigned* blocks) {
+// Which words and rows a block takes: whole rows where they are short, and more of them where that leaves no SM idle.
+FeStatus lay_out_blocks(int64_t words, int num_sms, SumParams* params, unsigned* threads, unsigned* blocks) {
   if (words > INT32_MAX / 2) return FE_UNSUPPORTED;
-  const int64_t share = words * args.num_rows / (num_sms * kThreadsOfSm);
-  const int64_t wanted = kThreads * std::clamp<int64_t>(share, 1, kMaxWordsOfThread);
-  const int64_t rows = std::min<int64_t>(ceil_div(wanted, words), kMaxStarts / params->starts_of_row());
-  const int64_t chunks = ceil_div(words, wanted);
-  params->rows_of_block = static_cast<int32_t>(rows);
-  params->words_of_row = static_cast<int32_t>(words);
+  const int64_t chunks = ceil_div(words, kThreads);
+  const int64_t words_of_chunk = ceil_div(words, chunks);
+  const int64_t max_rows = kMaxStarts / params->starts_of_row();
+  const int64_t rows_of_step = std::min(kThreads / words_of_chunk, max_rows);
+  const int64_t share = words * params->num_rows / (num_sms * kThreadsOfSm);
+  const int64_t rows_of_thread =
+      std::clamp<int64_t>(share, 1, std::min<int64_t>(kMaxRowsOfThread, max_rows / rows_of_step));
+  const int64_t rows_of_block = rows_of_step * rows_of_thread;
+  const int64_t count = ceil_div(params->num_rows, rows_of_block) * chunks;
+  if (count > INT32_MAX) return FE_UNSUPPORTED;
   params->chunks = static_cast<int32_t>(chunks);
-  params->words_of_chunk = static_cast<int32_t>(ceil_div(words, chunks));
+  params->words_of_row = static_cast<int32_t>(words);
+  params->words_of_chunk = static_cast<int32_t>(words_of_chunk);
+  params->rows_of_step = static_cast<uint32_t>(rows_of_step);
+  params->rows_of_block = static_cast<int32_t>(rows_of_block);
   params->chunks_divisor = Divisor(params->chunks);
   params->words_divisor = Divisor(params->words_of_chunk);
-  const int64_t count = ceil_div(args.num_rows, rows) * chunks;
-  if (count > INT32_MAX) return FE_UNSUPPORTED;
+  *threads = static_cast<unsigned>(round_up(rows_of_step * words_of_chunk, 32));
   *blocks = static_cast<unsigned>(count);
   return FE_OK;
 }
 
 template <typename scalar_t>
-FeStatus launch(const SumParams& params, int word, unsigned blocks, cudaStream_t stream) {
-  const size_t shared_bytes = sizeof(Start) * params.rows_of_block * params.starts_of_row();
+FeStatus launch(const SumParams& params, int word, unsigned blocks, unsigned threads, cudaStream_t stream) {
+  const size_t shared_bytes = sizeof(uint32_t) * params.rows_of_block * params.starts_of_row();
   const auto run = [&](auto bytes) {
     sum_tables<scalar_t, decltype(bytes)::value / static_cast<int>(sizeof(scalar_t))>
-        <<<blocks, kThreads, shared_bytes, stream>>>(params);
+        <<<blocks, threads, shared_bytes, stream>>>(params);
     return check_cuda(cudaGetLastError(), "embedding_sum_forward");
   };
   if (word == 16) return run(std::integral_constant<int, 16>{});
@@ -223,19 +251,26 @@ FeStatus launch(const SumParams& params, int word, unsigned blocks, cudaStream_t
 FeStatus add_tables(const FeForwardArgs& args, int64_t first, int64_t last, void* carried, int64_t carried_stride,
                     int num_sms, cudaStream_t stream) {
   const int64_t scalar = scalar_bytes(args.scalar_type);
+  const int word = word_bytes(args, 0, args.num_tables, 0);
+  int64_t begin = args.tables[first].weight_offset;
+  for (int64_t t = first; t < last; ++t) begin = std::min(begin, args.tables[t].weight_offset);
   SumParams params;
   for (int64_t t = first; t < last; ++t) {
     const FeTable& table = args.tables[t];
-    const int64_t row_bytes = table.weight_stride * scalar;
-    if (table.num_embeddings > UINT32_MAX || row_bytes > UINT32_MAX) return FE_UNSUPPORTED;
-    params.table[t - first] = {static_cast<Start>(args.weight) + table.weight_offset * scalar,
-                               static_cast<uint32_t>(table.num_embeddings), static_cast<uint32_t>(row_bytes)};
+    const int64_t start = (table.weight_offset - begin) * scalar / word;
+    const int64_t row_words = table.weight_stride * scalar / word;
+    if (table.num_embeddings > UINT32_MAX || start + table.num_embeddings * row_words > UINT32_MAX) {
+      return FE_UNSUPPORTED;
+    }
+    params.table[t - first] = {static_cast<uint32_t>(start), static_cast<uint32_t>(table.num_embeddings),
+                               static_cast<uint32_t>(row_words)};
   }
-  params.num_tables = static_cast<int32_t>(last - first);
+  params.weight = static_cast<const char*>(args.weight) + begin * scalar;
+  params.num_tables = static_cast<uint32_t>(last - first);
   params.tables_divisor = Divisor(params.num_tables);
   params.index_type = args.index_type;
   params.indices =
-      static_cast<Start>(args.indices) + first * args.index_table_stride * (args.index_type == FE_INT64 ? 8 : 4);
+      static_cast<const char*>(args.indices) + first * args.index_table_stride * (args.index_type == FE_INT64 ? 8 : 4);
   params.index_row_stride = args.index_row_stride;
   params.index_table_stride = args.index_table_stride;
   params.num_rows = args.num_rows;
@@ -245,12 +280,13 @@ FeStatus add_tables(const FeForwardArgs& args, int64_t first, int64_t last, void
   params.carried_stride = carried_stride;
   params.is_first = first == 0;
   params.is_last = last == args.num_tables;
-  const int word = word_bytes(args, 0, args.num_tables, 0);
+  unsigned threads = 0;
   unsigned blocks = 0;
-  const FeStatus status = lay_out_blocks(args, args.tables[0].embedding_dim * scalar / word, num_sms, &params, &blocks);
+  const FeStatus status =
+      lay_out_blocks(args.tables[0].embedding_dim * scalar / word, num_sms, &params, &threads, &blocks);
   if (status != FE_OK) return status;
   return dispatch_scalar(args.scalar_type,
-                         [&](auto value) { return launch<decltype(value)>(params, word, blocks, stream); });
+                         [&](auto value) { return launch<decltype(value)>(params, word, blocks, threads, stream); });
 }
 
 }  // namespace
