@@ -10,8 +10,11 @@
 
 namespace {
 
-constexpr int64_t kMaxIndices = INT32_MAX;              // kernels count positions and rows in 32 bits
-constexpr int64_t kMaxScratchBytes = int64_t{8} << 20;  // float32 copy of a 16-bit gradient
+constexpr int64_t kMaxIndices = INT32_MAX;  // kernels count positions and rows in 32 bits
+// What a float32 copy of a 16-bit gradient may take: the bound on all workspace.
+constexpr double kScratchBytes = 8 << 20;
+constexpr double kScratchBytesPerIndex = 16;
+constexpr double kScratchShareOfGradient = 0.1;
 constexpr int64_t kMaxOwnIndices = 256;
 constexpr int64_t kMaxOwnIndices16 = 1024;       // where TILE must round a float32 copy
 constexpr int64_t kMaxOwnIndicesForSort = 2048;  // where the alternative is SORT, at 35 us and more
@@ -65,6 +68,15 @@ bool sorting_pays(const FePlanQuery& query) {
   return query.num_embeddings >= kMinSortRows16 &&
          (row_bytes >= kAlwaysSortRowBytes16 ||
           (row_bytes >= kMinSortRowBytes16 && gradient_bytes >= kMinSortGradientBytes16));
+}
+
+bool scratch_too_large(const FePlanQuery& query) {
+  if (scalar_bytes(query.scalar_type) != 2) return false;
+  const double rows = static_cast<double>(query.num_indices);
+  const double row_bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
+  const double most = kScratchBytes + rows * kScratchBytesPerIndex * static_cast<double>(query.num_tables) +
+                      rows * row_bytes * kScratchShareOfGradient;
+  return static_cast<double>(query.grad_weight_numel) * accumulator_bytes(query.scalar_type) > most;
 }
 
 int64_t max_own_indices(const FePlanQuery& query, bool instead_of_sort) {
@@ -188,10 +200,8 @@ extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan*
   if (query->num_embeddings >= kMaxIndices || query->embedding_dim >= kMaxIndices) return FE_UNSUPPORTED;
 
   *plan = FePlan{};
-  const int64_t accumulators = query->grad_weight_numel * accumulator_bytes(query->scalar_type);
-  const bool scratch_too_large = scalar_bytes(query->scalar_type) == 2 && accumulators > kMaxScratchBytes;
   const bool scaled = query->scale_grad_by_freq != 0;
-  const bool sorts = query->deterministic || scratch_too_large || scaled || sorting_pays(*query);
+  const bool sorts = query->deterministic || scratch_too_large(*query) || scaled || sorting_pays(*query);
   if (query->sparse) {
     plan_sort(*query, plan);
   } else if (query->num_tables == 1 && query->num_indices <= max_own_indices(*query, sorts)) {

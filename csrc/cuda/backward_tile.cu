@@ -29,7 +29,8 @@ constexpr int kMinSlotBits = 8;  // a slot a thread
 constexpr int kMaxLanes = 64;
 constexpr int kMaxTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
 constexpr int kItems = kMaxTile / kThreads;
-constexpr int kAhead = 2;  // of these before the indices are known; more spill
+constexpr int kSamples = 2;  // lookups of a thread that are looked at for a hot row: 0.3 us each
+constexpr int kAhead = 2;    // of these before the indices are known; more spill
 constexpr int32_t kEmpty = -1;
 constexpr uint32_t kSkip = 0xffffffffu;
 constexpr unsigned kFullWarp = 0xffffffffu;
@@ -41,6 +42,8 @@ constexpr double kQueueMicroseconds = 3;  // about what grouping costs
 constexpr int64_t kMaxRepeats = 128;      // of a row in the mean, and the roundings of its sum
 constexpr int64_t kMaxChain = 1024;
 constexpr double kMinHotCount = 3;  // chance brings together as many
+constexpr int32_t kAlwaysHot = 0;
+constexpr int32_t kNeverHot = 33;
 
 struct TileTable {
   int64_t num_embeddings;
@@ -51,7 +54,7 @@ struct TileTable {
   int32_t lanes;         // threads that share a row: a column chunk
   int32_t chunks;
   int32_t index_column;
-  int32_t hot_count;  // a row that stands so often among 32 neighbours: its tile is grouped. 0: all tiles are
+  int32_t hot_count;  // a tile is grouped if a row stands so often among 32 neighbours
 };
 
 struct TileParams {
@@ -183,13 +186,12 @@ __device__ inline void load_rows(const TileShared& shared, const TileParams& par
   }
 }
 
-// Whether a row stands hot_count times or more among 32 neighbours in the tile. Uniform in the block; ends with a
-// barrier.
+// Whether a row stands hot_count times or more among 32 neighbours in a sample of the tile. Uniform in the block; ends
+// with a barrier.
 __device__ inline bool has_hot_row(const TileShared& shared, const TileParams& params, const TileTable& table) {
   bool hot = false;
 #pragma unroll
-  for (int k = 0; k < kItems; ++k) {
-    if (k * kThreads >= params.tile) break;
+  for (int k = 0; k < kSamples; ++k) {
     const int position = k * kThreads + threadIdx.x;
     const uint32_t row = position < params.tile ? shared.grouped[position] : kSkip;
     const int count = __popc(__match_any_sync(kFullWarp, row));  // by all lanes
@@ -323,15 +325,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
     const int local = work - params.first_work[t];
     const int64_t first_row = static_cast<int64_t>(local / table.chunks) * params.tile;
     const int chunk = local % table.chunks;
-    if (t != sampled_table) groups = true;
+    if (t != sampled_table) groups = table.hot_count != kNeverHot;
     if (groups) clear_slots(shared, params);
     // Asked for beside the indices where lookups may be added one by one.
     Pack<scalar_t, kSize> value[kAhead];
-    if (table.hot_count != 0 && (t != sampled_table || !groups)) {
+    const bool samples = groups && t != sampled_table && table.hot_count != kAlwaysHot;
+    if (samples || !groups) {
       TileShare<scalar_t, kSize>(params, table, first_row, chunk).template load<0, kAhead>(params, 0, value);
     }
     load_rows(shared, params, table, first_row);
-    if (table.hot_count != 0 && t != sampled_table) {
+    if (samples) {
       groups = has_hot_row(shared, params, table);
     } else {
       __syncthreads();
@@ -399,11 +402,11 @@ FeStatus launch(TileParams& params, const DeviceInfo& device, cudaStream_t strea
 
 // See TileTable.
 int32_t hot_count(const FeBackwardArgs& args, const TableSlice& table) {
-  if (args.num_rows > std::max(kMaxChain, kMaxRepeats * table.num_embeddings)) return 0;
+  if (args.num_rows > std::max(kMaxChain, kMaxRepeats * table.num_embeddings)) return kAlwaysHot;
   const double row_bytes = static_cast<double>(table.embedding_dim) * accumulator_bytes(args.scalar_type);
   const double queued = kQueueMicroseconds / (kAtomicMicroseconds + row_bytes * kAtomicMicrosecondsPerByte);
   const double share = std::min(queued, static_cast<double>(kMaxChain)) / static_cast<double>(args.num_rows);
-  return static_cast<int32_t>(std::clamp(std::ceil(32 * share), kMinHotCount, 33.0));
+  return static_cast<int32_t>(std::clamp(std::ceil(32 * share), kMinHotCount, static_cast<double>(kNeverHot)));
 }
 
 // Tables whose rows allow accesses of one width, in one launch: a kernel for each width keeps them all in registers.
@@ -411,6 +414,7 @@ struct TileLaunch {
   int64_t pack;  // bytes
   TileParams params;
   int64_t chunks = 0;  // of all tables
+  bool all_grouped = true;
 
   TileLaunch(int64_t pack_bytes, const TileParams& common) : pack(pack_bytes), params(common) {}
 
@@ -425,17 +429,18 @@ struct TileLaunch {
     table.hot_count = hot_count(args, source);
     split_columns(ceil_div(std::max<int64_t>(source.embedding_dim, 1) * scalar_bytes(args.scalar_type), pack), &table);
     chunks += table.chunks;
+    all_grouped = all_grouped && table.hot_count == kAlwaysHot;
   }
 
   // The smallest tile with which all work is under way at once, or else comes in equal rounds: larger ones merge more
-  // lookups of a row before they touch memory, but leave SMs idle. Short rows take 256 at once or none: as many threads
-  // load their indices.
+  // lookups of a row before they touch memory, but leave SMs idle. Short rows that are grouped take as many as there
+  // are threads to load their indices, or a multiple.
   int32_t best_tile(int64_t num_rows, int64_t blocks) const {
     const int64_t rounds = std::max<int64_t>(1, ceil_div(num_rows * chunks, blocks * kMaxTile));
     const int64_t tiles = std::max<int64_t>(1, blocks * rounds / chunks);  // of a table's column chunk
     const int64_t tile = ceil_div(num_rows, tiles);
     const bool short_rows = chunks == params.num_tables;
-    const int64_t step = rounds == 1 && short_rows && tile > kThreads / 2 ? kThreads : kTileStep;
+    const int64_t step = rounds == 1 && short_rows && all_grouped && tile > kThreads / 2 ? kThreads : kTileStep;
     return static_cast<int32_t>(std::min<int64_t>(round_up(tile, step), kMaxTile));
   }
 

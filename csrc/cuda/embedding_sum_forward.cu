@@ -13,7 +13,6 @@ namespace fast_embedding {
 namespace {
 
 constexpr int kThreads = 384;     // at most; a block has as many as its part of a row allows. 5 x 75 for 300 float32
-constexpr int kBlocksPerSm = 2;   // at least: unbounded, the compiler keeps two tables in flight to save registers
 constexpr int kMaxTables = 64;    // in one launch: the parameters of a kernel end at 4 KB
 constexpr int kMaxStarts = 4096;  // of a block's table rows, 16 KB
 constexpr int kIndexUnroll = 4;   // index loads in flight in a thread
@@ -141,7 +140,7 @@ __device__ inline void add_words(uintptr_t column, const uint4* starts, acc_t<sc
 }
 
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) sum_tables(const __grid_constant__ SumParams params) {
+__global__ void __launch_bounds__(kThreads) sum_tables(const __grid_constant__ SumParams params) {
   using sum_t = acc_t<scalar_t>;
   using word_t = typename Word<sizeof(scalar_t) * kSize>::type;
   extern __shared__ __align__(16) uint32_t starts[];
