@@ -272,8 +272,8 @@ __device__ inline void add_runs(const TileShared& shared, const TileParams& para
       });
 }
 
-// Adds each lookup of a tile to the gradient by itself, after a grid-wide barrier if `*zeroed` is false. `value` holds
-// the gradients of the first.
+// Adds each lookup of a tile to the gradient by itself, after a grid-wide barrier if `*zeroed` is false. `ahead` holds
+// this thread's first gradients.
 template <typename scalar_t, int kSize>
 __device__ inline void add_lookups(const TileShared& shared, const TileParams& params, const TileTable& table,
                                    int64_t first_row, int chunk, Pack<scalar_t, kSize> (&ahead)[kAhead], bool* zeroed) {

@@ -104,8 +104,8 @@ __device__ inline void store(scalar_t* address, const acc_t<scalar_t> (&sum)[kSi
   *reinterpret_cast<Pack<scalar_t, kSize>*>(address) = pack;
 }
 
-// Adds to memory that other blocks add to. sm_90 takes four floats in one transaction, or two, older
-// chips one.
+// Adds to memory that other blocks add to. sm_90 takes four floats in one transaction, or two,
+// older chips one.
 template <typename T, int kSize>
 __device__ inline void add_atomically(T* address, const T (&sum)[kSize]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(FE_SCALAR_ATOMICS)
