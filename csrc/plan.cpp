@@ -15,8 +15,8 @@ constexpr int64_t kMaxIndices = INT32_MAX;  // kernels count positions and rows 
 constexpr double kScratchBytes = 8 << 20;
 constexpr double kScratchBytesPerIndex = 16;
 constexpr double kScratchShareOfGradient = 0.1;
-constexpr int64_t kMaxOwnIndices = 256;
-constexpr int64_t kMaxOwnIndices16 = 1024;       // where TILE must round a float32 copy
+constexpr int64_t kMaxOwnIndices = 1024;
+constexpr int64_t kMaxOwnIndices32 = 256;  // float32, where TILE neither rounds a copy nor adds eight bytes at a time
 constexpr int64_t kMaxOwnIndicesForSort = 2048;  // where the alternative is SORT, at 35 us and more
 constexpr int kMaxPrivateThreads = 1024;
 constexpr int kMinPrivateThreads = 256;  // fewer leave too few loads in flight in an SM to reach the copy rate
@@ -81,7 +81,7 @@ bool scratch_too_large(const FePlanQuery& query) {
 
 int64_t max_own_indices(const FePlanQuery& query, bool instead_of_sort) {
   if (instead_of_sort) return kMaxOwnIndicesForSort;
-  return scalar_bytes(query.scalar_type) == 2 ? kMaxOwnIndices16 : kMaxOwnIndices;
+  return query.scalar_type == FE_FLOAT32 ? kMaxOwnIndices32 : kMaxOwnIndices;
 }
 
 // Of all tables' rows side by side: a chunk belongs to one table.

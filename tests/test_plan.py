@@ -48,6 +48,12 @@ def test_float32_strategies(plan, v, d, n, strategy):
     assert abi.STRATEGIES[plan(v, d, n).strategy] == abi.STRATEGIES[strategy]
 
 
+def test_few_indices_have_an_owner(plan):
+    for scalar_type, most in ((abi.FLOAT32, 256), (abi.FLOAT64, 1024), (abi.FLOAT16, 1024), (abi.BFLOAT16, 1024)):
+        assert plan(1000, 64, most, scalar_type).strategy == abi.OWN
+        assert plan(1000, 64, most + 1, scalar_type).strategy == abi.TILE
+
+
 @pytest.mark.parametrize(
     ("v", "d", "n", "strategy"),
     [

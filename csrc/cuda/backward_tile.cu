@@ -23,6 +23,7 @@ constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 3;  // 4 leave 64 registers a thread, and spill
 constexpr int kMaxTile = 1024;
 constexpr int kTileStep = 32;
+constexpr int64_t kMaxGroupedInSmallTiles = 4096;
 constexpr int kRoundPack = 4;
 constexpr int kUnroll = 4;       // gradient loads in flight in a thread; 8 spill
 constexpr int kMinSlotBits = 8;  // a slot a thread
@@ -35,9 +36,12 @@ constexpr int32_t kEmpty = -1;
 constexpr uint32_t kSkip = 0xffffffffu;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Atomics to one row queue. Measured: 1.8 ns a lookup of 16 bytes, 2.6 of 128, 5.3 of 512, 12 of 4096.
+// Atomics to one row queue. Measured: 1.8 ns a lookup of 16 bytes, 2.6 of 128, 5.3 of 512, 12 of 4096; in float64,
+// which are added one by one, 5 of 32, 20 of 256 to 1024, 45 of 8192.
 constexpr double kAtomicMicroseconds = 1.8e-3;
 constexpr double kAtomicMicrosecondsPerByte = 5e-6;
+constexpr double kAtomicMicrosecondsPerByte64 = 70e-6;
+constexpr double kMaxQueuedBytes64 = 256;
 constexpr double kQueueMicroseconds = 3;  // about what grouping costs
 constexpr int64_t kMaxRepeats = 128;      // of a row in the mean, and the roundings of its sum
 constexpr int64_t kMaxChain = 1024;
@@ -400,12 +404,20 @@ FeStatus launch(TileParams& params, const DeviceInfo& device, cudaStream_t strea
                             "backward_tile");
 }
 
+// What a lookup's atomics hold up others to its row.
+double queue_microseconds(const FeBackwardArgs& args, const TableSlice& table) {
+  const double row_bytes = static_cast<double>(table.embedding_dim) * accumulator_bytes(args.scalar_type);
+  const double singly = args.scalar_type == FE_FLOAT64 ? std::min(row_bytes, kMaxQueuedBytes64) : 0;
+  return kAtomicMicroseconds + row_bytes * kAtomicMicrosecondsPerByte + singly * kAtomicMicrosecondsPerByte64;
+}
+
 // See TileTable.
 int32_t hot_count(const FeBackwardArgs& args, const TableSlice& table) {
   if (args.num_rows > std::max(kMaxChain, kMaxRepeats * table.num_embeddings)) return kAlwaysHot;
-  const double row_bytes = static_cast<double>(table.embedding_dim) * accumulator_bytes(args.scalar_type);
-  const double queued = kQueueMicroseconds / (kAtomicMicroseconds + row_bytes * kAtomicMicrosecondsPerByte);
-  const double share = std::min(queued, static_cast<double>(kMaxChain)) / static_cast<double>(args.num_rows);
+  const double lookups = static_cast<double>(args.num_rows);
+  const double queued = kQueueMicroseconds / queue_microseconds(args, table);  // lookups of a row
+  if (lookups > queued * static_cast<double>(table.num_embeddings)) return kAlwaysHot;
+  const double share = std::min(queued, static_cast<double>(kMaxChain)) / lookups;
   return static_cast<int32_t>(std::clamp(std::ceil(32 * share), kMinHotCount, static_cast<double>(kNeverHot)));
 }
 
@@ -440,7 +452,8 @@ struct TileLaunch {
     const int64_t tiles = std::max<int64_t>(1, blocks * rounds / chunks);  // of a table's column chunk
     const int64_t tile = ceil_div(num_rows, tiles);
     const bool short_rows = chunks == params.num_tables;
-    const int64_t step = rounds == 1 && short_rows && all_grouped && tile > kThreads / 2 ? kThreads : kTileStep;
+    const bool many_rows = num_rows >= kMaxGroupedInSmallTiles;
+    const int64_t step = rounds == 1 && short_rows && all_grouped && many_rows ? kThreads : kTileStep;
     return static_cast<int32_t>(std::min<int64_t>(round_up(tile, step), kMaxTile));
   }
 
