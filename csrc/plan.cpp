@@ -16,7 +16,6 @@ constexpr double kScratchBytes = 8 << 20;
 constexpr double kScratchBytesPerIndex = 16;
 constexpr double kScratchShareOfGradient = 0.1;
 constexpr int64_t kMaxOwnIndices = 1024;
-constexpr int64_t kMaxOwnIndices32 = 256;  // float32, where TILE neither rounds a copy nor adds eight bytes at a time
 constexpr int64_t kMaxOwnIndicesForSort = 2048;  // where the alternative is SORT, at 35 us and more
 constexpr int kMaxPrivateThreads = 1024;
 constexpr int kMinPrivateThreads = 256;  // fewer leave too few loads in flight in an SM to reach the copy rate
@@ -77,11 +76,6 @@ bool scratch_too_large(const FePlanQuery& query) {
   const double most = kScratchBytes + rows * kScratchBytesPerIndex * static_cast<double>(query.num_tables) +
                       rows * row_bytes * kScratchShareOfGradient;
   return static_cast<double>(query.grad_weight_numel) * accumulator_bytes(query.scalar_type) > most;
-}
-
-int64_t max_own_indices(const FePlanQuery& query, bool instead_of_sort) {
-  if (instead_of_sort) return kMaxOwnIndicesForSort;
-  return query.scalar_type == FE_FLOAT32 ? kMaxOwnIndices32 : kMaxOwnIndices;
 }
 
 // Of all tables' rows side by side: a chunk belongs to one table.
@@ -204,7 +198,7 @@ extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan*
   const bool sorts = query->deterministic || scratch_too_large(*query) || scaled || sorting_pays(*query);
   if (query->sparse) {
     plan_sort(*query, plan);
-  } else if (query->num_tables == 1 && query->num_indices <= max_own_indices(*query, sorts)) {
+  } else if (query->num_tables == 1 && query->num_indices <= (sorts ? kMaxOwnIndicesForSort : kMaxOwnIndices)) {
     plan->strategy = FE_STRATEGY_OWN;
   } else if (!scaled && plan_private(*query, sorts, plan)) {
     // plan_private has filled it in.

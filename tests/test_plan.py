@@ -38,20 +38,14 @@ def plan(library):
         (50257, 768, 131072, abi.SORT),
         (65536, 64, 1 << 20, abi.TILE),
         (1000, 64, 128, abi.OWN),
-        (10, 4, 256, abi.OWN),
-        (10, 4, 257, abi.TILE),
+        (10, 4, 1024, abi.OWN),
+        (10, 4, 1025, abi.TILE),
         (1000000, 128, 65536, abi.TILE),
         (1000000, 128, 1 << 20, abi.SORT),
     ],
 )
 def test_float32_strategies(plan, v, d, n, strategy):
     assert abi.STRATEGIES[plan(v, d, n).strategy] == abi.STRATEGIES[strategy]
-
-
-def test_few_indices_have_an_owner(plan):
-    for scalar_type, most in ((abi.FLOAT32, 256), (abi.FLOAT64, 1024), (abi.FLOAT16, 1024), (abi.BFLOAT16, 1024)):
-        assert plan(1000, 64, most, scalar_type).strategy == abi.OWN
-        assert plan(1000, 64, most + 1, scalar_type).strategy == abi.TILE
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,15 @@ constexpr double kAtomicMicrosecondsPerByte = 5e-6;
 constexpr double kAtomicMicrosecondsPerByte64 = 70e-6;
 constexpr double kMaxQueuedBytes64 = 256;
 constexpr double kQueueMicroseconds = 3;  // about what grouping costs
-constexpr int64_t kMaxRepeats = 128;      // of a row in the mean, and the roundings of its sum
-constexpr int64_t kMaxChain = 1024;
-constexpr double kMinHotCount = 3;  // chance brings together as many
+// Roundings follow one another where lookups are added one by one. The error stays below ATen's while a row has so many
+// lookups in the mean, the second where a sample tells hot rows well, and the hottest no more than kMaxChain.
+constexpr int64_t kMaxRepeats = 64;
+constexpr int64_t kMaxRepeatsIfSharp = 128;
+constexpr int64_t kMaxChain = 64;
+constexpr int32_t kSharpCount = 3;
+constexpr double kMaxChance = 0.01;
 constexpr int32_t kAlwaysHot = 0;
-constexpr int32_t kNeverHot = 33;
+constexpr int32_t kNeverHot = 33;  // of 32
 
 struct TileTable {
   int64_t num_embeddings;
@@ -411,14 +415,28 @@ double queue_microseconds(const FeBackwardArgs& args, const TableSlice& table) {
   return kAtomicMicroseconds + row_bytes * kAtomicMicrosecondsPerByte + singly * kAtomicMicrosecondsPerByte64;
 }
 
+// How often a row stands among 32 neighbours that only chance brings together in one sample of a hundred at the most,
+// at least kSharpCount.
+int32_t count_above_chance(int64_t num_embeddings) {
+  const double rows = static_cast<double>(num_embeddings);
+  double expected = rows;  // sets of `count` neighbours that name one row
+  for (int count = 1; count < kNeverHot; ++count) {
+    expected *= (33.0 - count) / (count * rows);
+    if (count >= kSharpCount && expected <= kMaxChance) return count;
+  }
+  return kNeverHot;
+}
+
 // See TileTable.
 int32_t hot_count(const FeBackwardArgs& args, const TableSlice& table) {
-  if (args.num_rows > std::max(kMaxChain, kMaxRepeats * table.num_embeddings)) return kAlwaysHot;
+  const int32_t least = count_above_chance(std::max<int64_t>(table.num_embeddings, 1));
+  const int64_t repeats = least == kSharpCount ? kMaxRepeatsIfSharp : kMaxRepeats;
+  if (args.num_rows > std::max(kMaxChain, repeats * table.num_embeddings)) return kAlwaysHot;
   const double lookups = static_cast<double>(args.num_rows);
   const double queued = kQueueMicroseconds / queue_microseconds(args, table);  // lookups of a row
   if (lookups > queued * static_cast<double>(table.num_embeddings)) return kAlwaysHot;
   const double share = std::min(queued, static_cast<double>(kMaxChain)) / lookups;
-  return static_cast<int32_t>(std::clamp(std::ceil(32 * share), kMinHotCount, static_cast<double>(kNeverHot)));
+  return std::clamp(static_cast<int32_t>(std::ceil(32 * share)), least, kNeverHot);
 }
 
 // Tables whose rows allow accesses of one width, in one launch: a kernel for each width keeps them all in registers.
