@@ -2,6 +2,7 @@
 // rows, sorts them by row and position, sums each run in registers and writes every row of its range once, zero rows
 // included. One launch, no atomics, no barrier across the grid, one rounding; the order of every sum is fixed, so the
 // result is reproducible. Reading N indices in every block is what limits it to small N.
+#include "block.cuh"
 #include "runs.cuh"
 
 namespace fast_embedding {
@@ -19,7 +20,6 @@ constexpr int kBins = 1 << kDigitBits;
 constexpr int kBlocksPerSm = 2;  // 3 take as long on an average, 4 longer: all of them read all indices
 constexpr int kMaxLanes = 16;
 constexpr int kMinLanes = 2;
-constexpr unsigned kFullWarp = 0xffffffffu;
 static_assert(kMaxIndices <= 1 << kPositionBits && kMaxRowsOfBlock <= 1 << (32 - kPositionBits));
 static_assert(kWarps * kBins == kThreads);
 
@@ -59,24 +59,10 @@ struct Stretch {
 
 __device__ inline unsigned lanes_below() { return (1u << threadIdx.x % 32) - 1; }
 
-// The number of entries before each in shared.count. Ends with a barrier.
+// The number of entries before each in shared.count. Begins and ends with a barrier.
 __device__ inline void scan_counts(OwnShared& shared) {
   __syncthreads();
-  const uint32_t own = shared.count[threadIdx.x];
-  uint32_t inclusive = own;
-#pragma unroll
-  for (int delta = 1; delta < 32; delta *= 2) {
-    const uint32_t below = __shfl_up_sync(kFullWarp, inclusive, delta);
-    if (threadIdx.x % 32 >= delta) inclusive += below;
-  }
-  if (threadIdx.x % 32 == 31) shared.warp_sum[threadIdx.x / 32] = inclusive;
-  __syncthreads();
-  uint32_t before = inclusive - own;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) {
-    if (warp < threadIdx.x / 32) before += shared.warp_sum[warp];
-  }
-  shared.count[threadIdx.x] = before;
+  shared.count[threadIdx.x] = scan_threads<kThreads>(shared.count[threadIdx.x], shared.warp_sum).before;
   __syncthreads();
 }
 
@@ -106,13 +92,7 @@ __device__ inline void sort_by_digit(OwnShared& shared, int from, uint32_t lengt
     const bool present = stretch.at(k) < length;
     entry[k] = present ? shared.list[from][stretch.at(k)] : 0;
     const uint32_t digit = entry[k] >> shift & (kBins - 1);
-    unsigned peers = __ballot_sync(kFullWarp, present);
-#pragma unroll
-    for (int bit = 0; bit < kDigitBits; ++bit) {
-      const bool set = digit >> bit & 1;
-      const unsigned vote = __ballot_sync(kFullWarp, set);
-      peers &= set ? vote : ~vote;
-    }
+    const unsigned peers = lanes_with_digit<kDigitBits>(digit, present);
     uint32_t& count = shared.count[digit * kWarps + warp];
     rank[k] = count + __popc(peers & lanes_below());
     __syncwarp();

@@ -294,12 +294,7 @@ PrivateParams<kTables> lay_out(const FePlan& plan, const BackwardCall& call, con
   }
   params.num_rows = static_cast<int32_t>(args.num_rows);
   params.zeroes_around = !call.zeroed;
-  params.index_type = args.index_type;
-  params.indices = args.indices;
-  params.index_row_stride = args.index_row_stride;
-  params.index_table_stride = args.index_table_stride;
-  params.grad_output = args.grad_output;
-  params.grad_output_stride = args.grad_output_stride;
+  set_input(args, &params);
   params.grad_weight = args.grad_weight;
   params.grad_weight_numel = args.grad_weight_numel;
   if (params.num_lanes == 0) return params;

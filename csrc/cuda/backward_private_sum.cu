@@ -390,12 +390,7 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
   if (params.total_rows == 0 || dim == 0) return FE_OK;
   params.columns = static_cast<int32_t>(ceil_div(dim, slices));
   params.num_rows = static_cast<int32_t>(args.num_rows);
-  params.index_type = args.index_type;
-  params.indices = args.indices;
-  params.index_row_stride = args.index_row_stride;
-  params.index_table_stride = args.index_table_stride;
-  params.grad_output = args.grad_output;
-  params.grad_output_stride = args.grad_output_stride;
+  set_input(args, &params);
   params.grad_weight = args.grad_weight;
   params.partials = workspace;
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(slices));

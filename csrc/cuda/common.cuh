@@ -263,6 +263,18 @@ struct BackwardCall {
   bool zeroed = false;  // what is not of these tables has been written. Only PRIVATE heeds it: the others go first
 };
 
+// Fills what the parameters of a kernel for several tables say of the call, in fields of these names: each kernel's own
+// order of fields stays.
+template <typename Params>
+void set_input(const FeBackwardArgs& args, Params* params) {
+  params->index_type = args.index_type;
+  params->indices = args.indices;
+  params->index_row_stride = args.index_row_stride;
+  params->index_table_stride = args.index_table_stride;
+  params->grad_output = args.grad_output;
+  params->grad_output_stride = args.grad_output_stride;
+}
+
 // The widest access that all of a table's rows allow in grad_output and in grad_weight: 16 or 8 bytes or one element.
 inline int64_t pack_bytes(const FeBackwardArgs& args, const TableSlice& table) {
   const int64_t scalar = scalar_bytes(args.scalar_type);
@@ -304,10 +316,10 @@ inline int64_t narrow_pack_bytes(const FeBackwardArgs& args, const TableSlice& t
 template <typename scalar_t, typename Function>
 FeStatus dispatch_narrow_pack(int64_t bytes, Function&& f) {
   if constexpr (sizeof(scalar_t) > 2) {
-    if (bytes == 16) return f(std::integral_constant<int, kWide<scalar_t>>{});
+    return dispatch_pack<scalar_t>(bytes, f);
+  } else {
+    return bytes == 8 ? f(std::integral_constant<int, kHalf<scalar_t>>{}) : f(std::integral_constant<int, 1>{});
   }
-  if (bytes == 8) return f(std::integral_constant<int, kHalf<scalar_t>>{});
-  return f(std::integral_constant<int, 1>{});
 }
 
 // The strategies. Each takes workspace == nullptr as the size query; embedding_backward.cu has checked the arguments.

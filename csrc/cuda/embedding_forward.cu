@@ -16,7 +16,6 @@ constexpr int kUnroll = 4;            // independent index and row loads in flig
 constexpr int kMaxTables = 64;        // in one launch: the parameters of a kernel end at 4 KB
 constexpr int kTableThreads = 256;    // several tables: at most; a block has as many as its part of a row allows
 constexpr int kTableBlocksPerSm = 4;  // at least: unbounded, the compiler keeps one load in flight to save registers
-constexpr int64_t kThreadsOfSm = 2048;
 
 // Several tables: rows in flight in a thread, which takes up to twice as many. Measured: eight short words are 1.2
 // times as fast as four, eight of 16 bytes 1.2 times as slow.
@@ -238,30 +237,6 @@ FeStatus forward_rows(const FeForwardArgs& args, int num_sms, cudaStream_t strea
   });
 }
 
-// Which words and rows a block takes: whole rows where they are short, and more of them where that leaves no SM idle.
-FeStatus lay_out_blocks(int64_t words, int word_bytes, int num_sms, TableParams* params, unsigned* threads,
-                        unsigned* blocks) {
-  const int64_t chunks = ceil_div(words, kTableThreads);
-  const int64_t words_of_chunk = ceil_div(words, chunks);
-  const int64_t rows_of_step = kTableThreads / words_of_chunk;
-  const int64_t share = words * params->num_rows / (num_sms * kThreadsOfSm);
-  const int64_t in_flight = rows_in_flight(word_bytes);
-  const int64_t rows_of_thread = share < 2 ? 1 : share < 2 * in_flight ? in_flight : 2 * in_flight;
-  const int64_t rows_of_block = rows_of_step * rows_of_thread;
-  const int64_t count = ceil_div(params->num_rows, rows_of_block) * chunks;
-  if (count > INT32_MAX) return FE_UNSUPPORTED;
-  params->chunks = static_cast<int32_t>(chunks);
-  params->words_of_row = static_cast<int32_t>(words);
-  params->words_of_chunk = static_cast<int32_t>(words_of_chunk);
-  params->rows_of_step = static_cast<uint32_t>(rows_of_step);
-  params->rows_of_block = static_cast<int32_t>(rows_of_block);
-  params->chunks_divisor = Divisor(params->chunks);
-  params->words_divisor = Divisor(params->words_of_chunk);
-  *threads = static_cast<unsigned>(round_up(rows_of_step * words_of_chunk, 32));
-  *blocks = static_cast<unsigned>(count);
-  return FE_OK;
-}
-
 FeStatus forward_tables(const FeForwardArgs& args, int64_t first_table, int num_tables, int64_t first_column,
                         int num_sms, cudaStream_t stream) {
   const int64_t scalar = scalar_bytes(args.scalar_type);
@@ -287,9 +262,13 @@ FeStatus forward_tables(const FeForwardArgs& args, int64_t first_table, int num_
   params.index_table_stride = args.index_table_stride;
   params.output = static_cast<char*>(args.output) + first_column * scalar;
   params.output_row_bytes = args.output_stride * scalar;
+  split_row(words, kTableThreads, kTableThreads, &params);
+  const int64_t share = words_of_thread(words, args.num_rows, num_sms);
+  const int64_t in_flight = rows_in_flight(word);
+  const int64_t rows_of_thread = share < 2 ? 1 : share < 2 * in_flight ? in_flight : 2 * in_flight;
   unsigned threads = 0;
   unsigned blocks = 0;
-  const FeStatus status = lay_out_blocks(words, word, num_sms, &params, &threads, &blocks);
+  const FeStatus status = split_rows(rows_of_thread, &params, &threads, &blocks);
   if (status != FE_OK) return status;
   return dispatch_word(word, [&](auto value) {
     using word_t = decltype(value);

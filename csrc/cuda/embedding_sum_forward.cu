@@ -17,7 +17,6 @@ constexpr int kMaxTables = 64;    // in one launch: the parameters of a kernel e
 constexpr int kMaxStarts = 4096;  // of a block's table rows, 16 KB
 constexpr int kIndexUnroll = 4;   // index loads in flight in a thread
 constexpr int kMaxRowsOfThread = 4;
-constexpr int64_t kThreadsOfSm = 2048;
 static_assert(kMaxTables * kMaxTables <= kMaxStarts);  // so a block has a thread a table
 
 struct SumTable {
@@ -203,31 +202,6 @@ __global__ void __launch_bounds__(kThreads) sum_tables(const __grid_constant__ S
   }
 }
 
-// Which words and rows a block takes: whole rows where they are short, and more of them where that leaves no SM idle.
-FeStatus lay_out_blocks(int64_t words, int num_sms, SumParams* params, unsigned* threads, unsigned* blocks) {
-  if (words > INT32_MAX / 2) return FE_UNSUPPORTED;
-  const int64_t chunks = ceil_div(words, kThreads);
-  const int64_t words_of_chunk = ceil_div(words, chunks);
-  const int64_t max_rows = kMaxStarts / params->starts_of_row();
-  const int64_t rows_of_step = std::min(kThreads / words_of_chunk, max_rows);
-  const int64_t share = words * params->num_rows / (num_sms * kThreadsOfSm);
-  const int64_t rows_of_thread =
-      std::clamp<int64_t>(share, 1, std::min<int64_t>(kMaxRowsOfThread, max_rows / rows_of_step));
-  const int64_t rows_of_block = rows_of_step * rows_of_thread;
-  const int64_t count = ceil_div(params->num_rows, rows_of_block) * chunks;
-  if (count > INT32_MAX) return FE_UNSUPPORTED;
-  params->chunks = static_cast<int32_t>(chunks);
-  params->words_of_row = static_cast<int32_t>(words);
-  params->words_of_chunk = static_cast<int32_t>(words_of_chunk);
-  params->rows_of_step = static_cast<uint32_t>(rows_of_step);
-  params->rows_of_block = static_cast<int32_t>(rows_of_block);
-  params->chunks_divisor = Divisor(params->chunks);
-  params->words_divisor = Divisor(params->words_of_chunk);
-  *threads = static_cast<unsigned>(round_up(rows_of_step * words_of_chunk, 32));
-  *blocks = static_cast<unsigned>(count);
-  return FE_OK;
-}
-
 template <typename scalar_t>
 FeStatus launch(const SumParams& params, int word, unsigned blocks, unsigned threads, cudaStream_t stream) {
   const size_t shared_bytes = sizeof(uint32_t) * params.rows_of_block * params.starts_of_row();
@@ -279,10 +253,16 @@ FeStatus add_tables(const FeForwardArgs& args, int64_t first, int64_t last, void
   params.carried_stride = carried_stride;
   params.is_first = first == 0;
   params.is_last = last == args.num_tables;
+  const int64_t words = args.tables[0].embedding_dim * scalar / word;
+  if (words > INT32_MAX / 2) return FE_UNSUPPORTED;
+  const int64_t max_rows = kMaxStarts / params.starts_of_row();
+  split_row(words, kThreads, max_rows, &params);
+  const int64_t rows_of_thread =
+      std::clamp<int64_t>(words_of_thread(words, args.num_rows, num_sms), 1,
+                          std::min<int64_t>(kMaxRowsOfThread, max_rows / params.rows_of_step));
   unsigned threads = 0;
   unsigned blocks = 0;
-  const FeStatus status =
-      lay_out_blocks(args.tables[0].embedding_dim * scalar / word, num_sms, &params, &threads, &blocks);
+  const FeStatus status = split_rows(rows_of_thread, &params, &threads, &blocks);
   if (status != FE_OK) return status;
   return dispatch_scalar(args.scalar_type,
                          [&](auto value) { return launch<decltype(value)>(params, word, blocks, threads, stream); });

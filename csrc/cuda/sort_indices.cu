@@ -15,6 +15,7 @@
 
 #include <utility>
 
+#include "block.cuh"
 #include "sort_indices.cuh"
 
 namespace fast_embedding {
@@ -32,7 +33,6 @@ constexpr int kLoads = 8;                            // of counts in flight in a
 constexpr int64_t kZerosOfBlock = int64_t{1} << 17;  // bytes at a barrier: about as long as the wait
 constexpr int64_t kPageBytes = int64_t{2} << 20;
 constexpr int64_t kStaticSharedBytes = 1024;  // at most
-constexpr unsigned kFullWarp = 0xffffffffu;
 
 static_assert(1 << kMaxDigitBits <= 2 * kThreads);
 static_assert(kMaxTile < 1 << 16 && kMaxChunk < 1 << 16);
@@ -148,13 +148,7 @@ __device__ inline void rank_tile(const SortShared& shared, const Item& item, Til
     if (k >= tile.items()) break;
     const bool present = tile.has(k);
     const uint32_t digit = item.digit(tile.entry[k].row);
-    unsigned peers = __ballot_sync(kFullWarp, present);
-#pragma unroll
-    for (int bit = 0; bit < kMaxDigitBits; ++bit) {
-      const bool set = digit >> bit & 1;
-      const unsigned vote = __ballot_sync(kFullWarp, set);
-      peers &= set ? vote : ~vote;
-    }
+    const unsigned peers = lanes_with_digit<kMaxDigitBits>(digit, present);
     const unsigned below = peers & ((1u << lane) - 1);
     const int half = digit % 2 * 16;
     uint32_t before = 0;
@@ -181,24 +175,10 @@ __device__ inline void rank_tile(const SortShared& shared, const Item& item, Til
   __syncthreads();
 }
 
-// The exclusive sum over threads. Ends with a barrier.
-__device__ inline uint32_t scan_threads(uint32_t value) {
+// The sum over the threads before this one. Ends with a barrier.
+__device__ inline uint32_t sum_before(uint32_t value) {
   __shared__ uint32_t warp_sum[kWarps];
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  uint32_t inclusive = value;
-#pragma unroll
-  for (int delta = 1; delta < 32; delta *= 2) {
-    const uint32_t below = __shfl_up_sync(kFullWarp, inclusive, delta);
-    if (lane >= delta) inclusive += below;
-  }
-  if (lane == 31) warp_sum[warp] = inclusive;
-  __syncthreads();
-  uint32_t before = inclusive - value;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += warp_sum[w];
-  }
+  const uint32_t before = scan_threads<kThreads>(value, warp_sum).before;
   __syncthreads();
   return before;
 }
@@ -240,7 +220,7 @@ __device__ inline void place_digits(const SortShared& shared, const SortParams& 
   __syncthreads();
   const uint32_t bin = 2 * threadIdx.x;
   const bool owns = bin < item.bins;
-  const uint32_t lower = scan_threads(owns ? total[bin] + total[bin + 1] : 0);
+  const uint32_t lower = sum_before(owns ? total[bin] + total[bin + 1] : 0);
   if (owns) {
     shared.start[bin] += lower;
     shared.start[bin + 1] += lower + total[bin];
@@ -253,7 +233,7 @@ __device__ inline void move_tile(const SortShared& shared, const Item& item, con
   const uint32_t bin = 2 * threadIdx.x;
   const bool owns = bin < item.bins;
   const uint32_t own = owns ? shared.count[threadIdx.x] : 0;
-  const uint32_t lower = scan_threads(low_half(own) + high_half(own));
+  const uint32_t lower = sum_before(low_half(own) + high_half(own));
   if (owns) {
     shared.local[bin] = lower;
     shared.local[bin + 1] = lower + low_half(own);

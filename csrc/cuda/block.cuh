@@ -1,0 +1,52 @@
+// What the threads of a warp or a block find out together.
+#pragma once
+
+#include "common.cuh"
+
+namespace fast_embedding {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// The lanes that are present and have this lane's digit of kBits bits, found by a ballot for each bit (the multisplit
+// of Ashkiani et al. 2016). For a lane that is not present: nothing that means anything.
+template <int kBits>
+__device__ inline unsigned lanes_with_digit(uint32_t digit, bool present) {
+  unsigned peers = __ballot_sync(kFullWarp, present);
+#pragma unroll
+  for (int bit = 0; bit < kBits; ++bit) {
+    const bool set = digit >> bit & 1;
+    const unsigned vote = __ballot_sync(kFullWarp, set);
+    peers &= set ? vote : ~vote;
+  }
+  return peers;
+}
+
+struct Scan {
+  uint32_t before;  // the sum over the threads before this one
+  uint32_t total;
+};
+
+// A scan over a block of kThreads. warp_sum: [kThreads / 32] in shared memory; a barrier is due before it is written
+// again.
+template <int kThreads>
+__device__ inline Scan scan_threads(uint32_t value, uint32_t* warp_sum) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  uint32_t inclusive = value;
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const uint32_t below = __shfl_up_sync(kFullWarp, inclusive, delta);
+    if (lane >= delta) inclusive += below;
+  }
+  if (lane == 31) warp_sum[warp] = inclusive;
+  __syncthreads();
+  Scan scan = {inclusive - value, 0};
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) {
+    if (w < warp) scan.before += warp_sum[w];
+    scan.total += warp_sum[w];
+  }
+  return scan;
+}
+
+}  // namespace fast_embedding
