@@ -12,7 +12,7 @@ INT32, INT64 = range(2)
 CONCAT, SUM = range(2)
 OWN, PRIVATE, TILE, SORT = range(4)
 STRATEGIES = {OWN: "own", PRIVATE: "private", TILE: "tile", SORT: "sort"}
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 
 class Table(Structure):
@@ -63,6 +63,7 @@ class Device(Structure):
         ("l2_bytes", c_int64),
         ("shared_bytes_per_block", c_int64),
         ("shared_bytes_per_sm", c_int64),
+        ("max_cluster_blocks", c_int32),
     ]
 
 
@@ -84,7 +85,7 @@ class PlanQuery(Structure):
 class Plan(Structure):
     _fields_ = [
         (name, c_int32)
-        for name in ("strategy", "tile", "digit_bits", "sort_tile", "threads", "splits", "float32_scratch")
+        for name in ("strategy", "tile", "digit_bits", "sort_tile", "threads", "splits", "float32_scratch", "cluster")
     ]
 
     def __repr__(self):

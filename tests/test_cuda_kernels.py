@@ -240,19 +240,26 @@ def assert_close(problem, actual, expected, magnitude):
     assert (error <= bound).all(), f"element {worst}: {actual[worst]} for {expected[worst]}, bound {bound[worst]}"
 
 
-def sort_plans():
-    return [
+def sort_plans(num_rows):
+    plans = [
         abi.Plan(abi.SORT, tile=1024, digit_bits=10, sort_tile=8192),
         abi.Plan(abi.SORT, tile=256, digit_bits=8, sort_tile=4096),  # as on devices with little shared memory
         abi.Plan(abi.SORT, tile=32, digit_bits=4, sort_tile=512),  # several passes, several tiles a chunk
     ]
+    if device_properties().compute_capability >= 90:
+        plans += [
+            abi.Plan(abi.SORT, tile=256, digit_bits=bits, sort_tile=8192, cluster=blocks)
+            for bits, blocks in ((10, 8), (4, 1), (7, 3))
+            if num_rows <= blocks * 16384
+        ]
+    return plans
 
 
 def plans_for(problem, library, deterministic=False):
     """All plans that fit: the table's own, and each strategy with the shortest and longest of its parameters."""
     sixteen_bit = problem.dtype in (torch.float16, torch.bfloat16)
     plans = [abi.Plan(abi.TILE, tile=tile, float32_scratch=sixteen_bit) for tile in (0, 32, 416, 1024)]
-    plans += sort_plans()
+    plans += sort_plans(problem.num_rows)
     if len(problem.sizes) == 1 and problem.num_rows <= 2048:
         plans.append(abi.Plan(abi.OWN))
     width = 8 if problem.dtype == torch.float64 else 4
@@ -346,14 +353,14 @@ CASES = (("uniform", torch.int64, False, 0), ("zipf", torch.int32, True, 0), ("o
 def test_scaled_backward_by_every_plan(library, size, num_rows, dtype):
     for distribution, index_dtype, padding, offset in CASES:
         problem = Problem([size], num_rows, dtype, index_dtype, distribution, padding, offset)
-        for plan in [*sort_plans(), *([abi.Plan(abi.OWN)] if num_rows <= 2048 else []), None]:
+        for plan in [*sort_plans(num_rows), *([abi.Plan(abi.OWN)] if num_rows <= 2048 else []), None]:
             assert_gradient(problem, problem.backward(library, plan, scaled=True), scaled=True)
 
 
 def test_scaled_backward_of_many_tables(library):
     for sizes in MANY_TABLES:
         problem = Problem(sizes, 5000, torch.float32, torch.int64, "zipf", True)
-        for plan in (*sort_plans(), None):
+        for plan in (*sort_plans(problem.num_rows), None):
             assert_gradient(problem, problem.backward(library, plan, scaled=True), scaled=True)
 
 
@@ -363,7 +370,7 @@ def test_scaled_backward_of_many_tables(library):
 def test_sparse_backward_by_every_plan(library, size, num_rows, dtype):
     for distribution, index_dtype, padding, offset in CASES:
         problem = Problem([size], num_rows, dtype, index_dtype, distribution, padding, offset)
-        for plan in (*sort_plans(), None):
+        for plan in (*sort_plans(problem.num_rows), None):
             rows, values = problem.sparse_backward(library, plan)
             assert_sparse_gradient(problem, rows, values)
             assert torch.equal(problem.sparse_backward(library, plan)[1], values), "other bits in another run"

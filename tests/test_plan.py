@@ -5,7 +5,8 @@ import ctypes
 import abi
 import pytest
 
-H200 = abi.Device(90, 132, 60 << 20, 227 << 10, 228 << 10)
+H200 = abi.Device(90, 132, 60 << 20, 227 << 10, 228 << 10, 16)
+NO_CLUSTERS = abi.Device(90, 132, 60 << 20, 227 << 10, 228 << 10, 0)  # as compiled by a CUDA before 12.3
 T4 = abi.Device(75, 40, 4 << 20, 64 << 10, 64 << 10)
 SIXTEEN_BIT = (abi.FLOAT16, abi.BFLOAT16)
 
@@ -34,13 +35,15 @@ def plan(library):
         (2, 768, 16384, abi.TILE),
         (256, 64, 65536, abi.TILE),
         (119, 300, 100000, abi.TILE),
-        (50257, 768, 16384, abi.TILE),
+        (50257, 768, 16384, abi.SORT),
+        (50257, 64, 16384, abi.TILE),
         (50257, 768, 131072, abi.SORT),
         (65536, 64, 1 << 20, abi.TILE),
         (1000, 64, 128, abi.OWN),
         (10, 4, 1024, abi.OWN),
         (10, 4, 1025, abi.TILE),
-        (1000000, 128, 65536, abi.TILE),
+        (1000000, 128, 65536, abi.SORT),
+        (1000000, 64, 262144, abi.TILE),
         (1000000, 128, 1 << 20, abi.SORT),
     ],
 )
@@ -60,6 +63,39 @@ def test_float32_strategies(plan, v, d, n, strategy):
 )
 def test_deterministic_strategies(plan, v, d, n, strategy):
     assert abi.STRATEGIES[plan(v, d, n, deterministic=True).strategy] == abi.STRATEGIES[strategy]
+
+
+@pytest.mark.parametrize(
+    ("v", "d", "n", "blocks"),
+    [
+        (1000000, 128, 65536, 16),  # the zeros of 512 MB take longer than any sort
+        (1000000, 128, 262144, 16),
+        (1000000, 128, 262145, 0),  # more than 16 blocks hold
+        (300000, 300, 1, 16),
+        (1000000, 16, 200000, 0),  # the sort would be waited for
+    ],
+)
+def test_a_cluster_sorts_behind_the_zeros(plan, v, d, n, blocks):
+    for deterministic in (False, True):
+        chosen = plan(v, d, n, deterministic=deterministic)
+        assert chosen.cluster == blocks
+        if blocks:
+            assert chosen.strategy == abi.SORT
+        without = plan(v, d, n, deterministic=deterministic, device=NO_CLUSTERS)
+        assert without.cluster == 0
+        assert deterministic or n > 262144 or without.strategy != abi.SORT
+
+
+def test_clusters_of_all_tables_leave_blocks_for_the_zeros(plan):
+    assert plan(4000000, 64, 16384, num_tables=4).cluster == 16
+    assert plan(4000000, 64, 16384, num_tables=5).cluster == 8
+    assert plan(4000000, 64, 16384, num_tables=16).cluster == 4
+    assert plan(4000000, 64, 16384, num_tables=17).cluster == 0
+
+
+def test_a_sparse_gradient_of_few_lookups_is_sorted_by_a_cluster(plan):
+    assert plan(1000000, 64, 4096, sparse=1).cluster > 0
+    assert plan(1000000, 64, 200000, sparse=1).cluster == 0
 
 
 @pytest.mark.parametrize("scalar_type", SIXTEEN_BIT)

@@ -294,10 +294,10 @@ FeStatus backward_own(const FePlan& /*plan*/, const BackwardCall& call, const De
     return FE_OK;
   }
   // Zeros that lie around the table, or are many.
-  const bool memset = args.grad_weight_numel > table_numel || args.grad_weight_numel * scalar >= kMemsetBytes;
+  const bool memset = args.grad_weight_numel > table_numel || args.grad_weight_numel * scalar >= kZeroLaunchBytes;
   if (memset) {
     const FeStatus status =
-        check_cuda(cudaMemsetAsync(args.grad_weight, 0, args.grad_weight_numel * scalar, stream), "backward_own");
+        write_zeros(args.grad_weight, args.grad_weight_numel * scalar, Begin::AFTER_ALL, device, stream);
     if (status != FE_OK) return status;
   }
   if (table_numel == 0) return FE_OK;

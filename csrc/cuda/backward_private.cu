@@ -220,6 +220,7 @@ __global__ void __launch_bounds__(kMaxThreads) private_backward(const __grid_con
     }
   }
   __syncthreads();
+  wait_for_last_launch();
   sum_copies<scalar_t>(params, first_lane, table_of_lane, copies);
 
   // What is no table's is zero.
@@ -248,7 +249,8 @@ __global__ void __launch_bounds__(kMaxThreads) private_backward(const __grid_con
 }
 
 template <typename scalar_t, int kTables>
-FeStatus launch(PrivateParams<kTables> params, int threads, const DeviceInfo& device, cudaStream_t stream) {
+FeStatus launch(PrivateParams<kTables> params, int threads, Begin begin, const DeviceInfo& device,
+                cudaStream_t stream) {
   const auto kernel = private_backward<scalar_t, kTables>;
   static std::atomic<uint64_t> allowed{0};
   const FeStatus status =
@@ -266,7 +268,8 @@ FeStatus launch(PrivateParams<kTables> params, int threads, const DeviceInfo& de
   while (params.threads_per_sum < 32 && int64_t{params.num_elements} * params.threads_per_sum * 2 <= grid_threads) {
     params.threads_per_sum *= 2;
   }
-  return launch_cooperative(kernel, grid, dim3(threads), shared_bytes, params, stream, "backward_private");
+  return launch_cooperative(kernel, grid, dim3(threads), shared_bytes, params, begin, device, stream,
+                            "backward_private");
 }
 
 // Tables [first, last) of a call, laid out for blocks of plan.threads threads.
@@ -339,7 +342,7 @@ FeStatus run(const FePlan& plan, const BackwardCall& call, const DeviceInfo& dev
     if (params.num_lanes == 0) continue;
     params.partials = workspace;
     const FeStatus status = dispatch_scalar(args.scalar_type, [&](auto scalar) {
-      return launch<decltype(scalar), kTables>(params, plan.threads, device, stream);
+      return launch<decltype(scalar), kTables>(params, plan.threads, call.begin, device, stream);
     });
     if (status != FE_OK) return status;
   }

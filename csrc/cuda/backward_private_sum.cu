@@ -317,7 +317,8 @@ FeStatus launch(const SumParams& params, const dim3& grid, const DeviceInfo& dev
   if (status != FE_OK) return status;
   const int64_t copy_bytes = int64_t{params.places + 1} * kColumns * sizeof(acc_t<scalar_t>);
   const int64_t shared_bytes = params.copies * (copy_bytes + kPlaceBytes);
-  return launch_cooperative(kernel, grid, dim3(kThreads), shared_bytes, params, stream, "backward_private_sum");
+  return launch_cooperative(kernel, grid, dim3(kThreads), shared_bytes, params, Begin::AFTER_ALL, device, stream,
+                            "backward_private_sum");
 }
 
 template <typename scalar_t>

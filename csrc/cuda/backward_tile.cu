@@ -265,8 +265,17 @@ __device__ inline void add_runs(const TileShared& shared, const TileParams& para
       });
 }
 
-// Adds each lookup of a tile to the gradient by itself, after a grid-wide barrier if `*zeroed` is false. `ahead` holds
-// this thread's first gradients.
+// Waits until the gradient is zeroed, by this launch or by the one before.
+__device__ inline void wait_for_zeros(const TileParams& params) {
+  if (params.zero_first) {
+    cooperative_groups::this_grid().sync();
+  } else {
+    wait_for_last_launch();
+  }
+}
+
+// Adds each lookup of a tile to the gradient by itself, once it is zeroed: `*zeroed` says if that is known. `ahead`
+// holds this thread's first gradients.
 template <typename scalar_t, int kSize>
 __device__ inline void add_lookups(const TileShared& shared, const TileParams& params, const TileTable& table,
                                    int64_t first_row, int chunk, Pack<scalar_t, kSize> (&ahead)[kAhead], bool* zeroed) {
@@ -281,7 +290,7 @@ __device__ inline void add_lookups(const TileShared& shared, const TileParams& p
       share.template load<kAhead, kUnroll>(params, first, value);
     }
     if (!*zeroed) {
-      cooperative_groups::this_grid().sync();
+      wait_for_zeros(params);
       *zeroed = true;
     }
 #pragma unroll
@@ -306,10 +315,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t num_threads = static_cast<int64_t>(gridDim.x) * kThreads;
 
+  let_next_launch_begin();
   if (params.zero_first) {
     fill_zero(params.sums, params.grad_weight_numel * sizeof(sum_t), thread, num_threads);
   }
-  bool zeroed = !params.zero_first;
+  bool zeroed = false;
   int sampled_table = -1;
   bool groups = true;
   for (int work = blockIdx.x; work < params.num_work; work += gridDim.x) {
@@ -336,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
     if (groups) {
       const uint32_t total = group_tile(shared, params);
       if (!zeroed) {
-        grid.sync();
+        wait_for_zeros(params);
         zeroed = true;
       }
       add_runs<scalar_t, kSize>(shared, params, table, first_row, chunk, total);
@@ -345,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
     }
     __syncthreads();
   }
-  if (!zeroed) grid.sync();
+  if (!zeroed) wait_for_zeros(params);
 
   if constexpr (sizeof(scalar_t) == 2) {
     if (params.round_last) {
@@ -371,17 +381,18 @@ void split_columns(int64_t packs, TileTable* table) {
 }
 
 template <typename scalar_t, int kSize>
-FeStatus launch(TileParams& params, const DeviceInfo& device, cudaStream_t stream) {
+FeStatus launch(TileParams& params, Begin begin, const DeviceInfo& device, cudaStream_t stream) {
   const int64_t shared = shared_bytes<scalar_t, kSize>(params);
   // Each block also takes 1 KB that the system reserves. All blocks of a cooperative grid must be resident.
   const int64_t fitting = std::min<int64_t>(device.properties.shared_bytes_per_sm / (shared + 1024), kBlocksPerSm);
   if (fitting < 1 || shared > 48 * 1024) return FE_INVALID_ARGUMENT;
   const int64_t resident = fitting * device.properties.num_sms;
   const int64_t zero_bytes = params.zero_first ? params.grad_weight_numel * sizeof(acc_t<scalar_t>) : 0;
-  if (zero_bytes >= kMemsetBytes) {
-    const FeStatus zeroed = check_cuda(cudaMemsetAsync(params.sums, 0, zero_bytes, stream), "backward_tile");
+  if (zero_bytes >= kZeroLaunchBytes) {
+    const FeStatus zeroed = write_zeros(params.sums, zero_bytes, begin, device, stream);
     if (zeroed != FE_OK) return zeroed;
     params.zero_first = 0;
+    begin = Begin::EARLY;
   }
   // Zeros and rounding take the whole device; with few of them, no more blocks than there is work.
   const int64_t passed_bytes =
@@ -389,7 +400,7 @@ FeStatus launch(TileParams& params, const DeviceInfo& device, cudaStream_t strea
   const int64_t wanted =
       std::max<int64_t>(params.num_work, ceil_div(passed_bytes, kThreads * 16 * (params.round_last ? 1 : 4)));
   const dim3 grid(static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, resident)));
-  return launch_cooperative(tile_backward<scalar_t, kSize>, grid, dim3(kThreads), shared, params, stream,
+  return launch_cooperative(tile_backward<scalar_t, kSize>, grid, dim3(kThreads), shared, params, begin, device, stream,
                             "backward_tile");
 }
 
@@ -509,14 +520,16 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
   launches.front().params.zero_first = 1;
   launches.back().params.round_last = scratch;
   launches.back().params.round_packs = reinterpret_cast<uintptr_t>(args.grad_weight) % 8 == 0;
+  Begin begin = call.begin;
   for (TileLaunch& each : launches) {
     each.lay_out(plan.tile > 0 ? plan.tile : each.best_tile(args.num_rows, kBlocksPerSm * device.properties.num_sms));
     const FeStatus status = dispatch_scalar(args.scalar_type, [&](auto scalar) {
       return dispatch_narrow_pack<decltype(scalar)>(each.pack, [&](auto size) {
-        return launch<decltype(scalar), decltype(size)::value>(each.params, device, stream);
+        return launch<decltype(scalar), decltype(size)::value>(each.params, begin, device, stream);
       });
     });
     if (status != FE_OK) return status;
+    begin = Begin::EARLY;
   }
   return FE_OK;
 }

@@ -210,10 +210,29 @@ __device__ inline int find_last(const int32_t* first, int count, int32_t number)
   return low;
 }
 
+// ---- Programmatic dependent launch: the next kernel's blocks begin before this one's have ended ----
+
+// Lets a launch that begins EARLY begin once all blocks have come here.
+__device__ inline void let_next_launch_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+// In a launch that began EARLY: what came before has ended, and what it wrote can be read, though not by __ldg, which
+// may be read ahead of this. In others it does nothing.
+__device__ inline void wait_for_last_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
 // ---- Host ----
 
-// Zeros from this size on are left to cudaMemsetAsync: 5% faster than a kernel's stores, at the price of a launch.
-constexpr int64_t kMemsetBytes = int64_t{64} << 20;
+#define FE_EARLY_LAUNCH (CUDART_VERSION >= 12030)  // from here on a captured graph keeps such edges
+
+// Zeros from this size on are left to write_zeros(): faster than beside other work, at the price of a launch.
+constexpr int64_t kZeroLaunchBytes = int64_t{64} << 20;
 
 constexpr int kMaxDevices = 64;
 
@@ -226,6 +245,9 @@ struct DeviceInfo {
 // The current device's, read once. FE_CUDA_ERROR without a device.
 FeStatus device_info(const DeviceInfo** info);
 
+// The largest cluster that can sort (see FeDevice).
+int32_t max_cluster_blocks(int32_t compute_capability);
+
 // Records the CUDA error behind FE_CUDA_ERROR for fe_cuda_last_error().
 FeStatus check_cuda(cudaError_t error, const char* what);
 
@@ -235,15 +257,55 @@ FeStatus check_cuda(cudaError_t error, const char* what);
 FeStatus allow_shared_memory(const void* kernel, int64_t bytes, const DeviceInfo& device,
                              std::atomic<uint64_t>* allowed, const char* what);
 
+// When a launch may begin. EARLY: beside the launch before, once that has called let_next_launch_begin(); the kernel
+// calls wait_for_last_launch() before it touches what that launch touches. Only behind a launch of our own, which has
+// waited for everybody else's.
+enum class Begin { AFTER_ALL, EARLY };
+
+inline bool begins_early(Begin begin, const DeviceInfo& device) {
+  return FE_EARLY_LAUNCH && begin == Begin::EARLY && device.properties.compute_capability >= 90;
+}
+
+inline cudaLaunchAttribute early_attribute() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
+template <typename... Params>
+FeStatus launch(void (*kernel)(Params...), dim3 grid, dim3 block, Begin begin, const DeviceInfo& device,
+                cudaStream_t stream, const char* what, Params... params) {
+  cudaLaunchAttribute attribute = early_attribute();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = begins_early(begin, device) ? 1 : 0;
+  return check_cuda(cudaLaunchKernelEx(&config, kernel, params...), what);
+}
+
 // All blocks must fit the device at once: the kernel has barriers across the grid.
 template <typename Params>
 FeStatus launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_bytes, const Params& params,
-                            cudaStream_t stream, const char* what) {
+                            Begin begin, const DeviceInfo& device, cudaStream_t stream, const char* what) {
+  cudaLaunchAttribute attributes[2] = {{}, early_attribute()};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = begins_early(begin, device) ? 2 : 1;
   void* arguments[] = {const_cast<Params*>(&params)};  // which are read only
-  return check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments,
-                                                static_cast<size_t>(shared_bytes), stream),
-                    what);
+  return check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), what);
 }
+
+// Enqueues zeros, beside the launch before if EARLY. What comes after waits for both.
+FeStatus write_zeros(void* address, int64_t bytes, Begin begin, const DeviceInfo& device, cudaStream_t stream);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -260,6 +322,7 @@ struct TableSlice : FeTable {
 struct BackwardCall {
   const FeBackwardArgs& args;  // what all tables share; the tables are those below
   std::vector<TableSlice> tables;
+  Begin begin = Begin::AFTER_ALL;  // of the first launch
   bool zeroed = false;  // what is not of these tables has been written. Only PRIVATE heeds it: the others go first
 };
 

@@ -93,6 +93,7 @@ FeStatus run_planned(const BackwardCall& call, const DeviceInfo& device, void* w
     status = fe_plan_embedding_backward(&query, &plan);
     if (status == FE_OK) status = run_part(plan, others);
     small.zeroed = true;
+    small.begin = Begin::EARLY;
   }
   if (status == FE_OK && !small.tables.empty()) status = run_part(small_plan, small);
   if (status == FE_OK && workspace == nullptr) *workspace_bytes = needed;

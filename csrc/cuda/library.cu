@@ -30,6 +30,7 @@ FeStatus read_device(int device, DeviceInfo* info) {
   info->properties.l2_bytes = rows[3].value;
   info->properties.shared_bytes_per_block = rows[4].value;
   info->properties.shared_bytes_per_sm = rows[5].value;
+  info->properties.max_cluster_blocks = max_cluster_blocks(info->properties.compute_capability);
   info->cooperative = rows[6].value != 0;
   return FE_OK;
 }

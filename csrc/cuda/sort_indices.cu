@@ -8,15 +8,12 @@
 //   move     entries are put in order in shared memory and written out run by run
 //   barrier
 //
-// Ranking: a warp takes its entries in order, 32 at a time; those with equal digits find each other by ballots, and the
-// warp's own counter of the digit says how many came before (the multisplit of Ashkiani et al. 2016, as in
-// cub::DeviceRadixSort). A pass costs barriers and latency more than bandwidth, so digits are as wide as rows ask for.
+// A pass costs barriers and latency more than bandwidth, so digits are as wide as rows ask for.
 #include <cooperative_groups.h>
 
 #include <utility>
 
-#include "block.cuh"
-#include "sort_indices.cuh"
+#include "rank.cuh"
 
 namespace fast_embedding {
 namespace {
@@ -26,7 +23,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kItems = 16;                   // entries of a thread in a tile, at the most
 constexpr int kMaxTile = kThreads * kItems;  // entries ranked at a time
 constexpr int kMinDigitBits = 3;             // counts are read eight at a time
-constexpr int kMaxDigitBits = 10;            // two digits a thread
 constexpr int64_t kMaxChunk = 32768;         // counts are of 16 bits
 constexpr int64_t kMinChunk = kThreads;
 constexpr int kLoads = 8;                            // of counts in flight in a thread
@@ -34,12 +30,8 @@ constexpr int64_t kZerosOfBlock = int64_t{1} << 17;  // bytes at a barrier: abou
 constexpr int64_t kPageBytes = int64_t{2} << 20;
 constexpr int64_t kStaticSharedBytes = 1024;  // at most
 
-static_assert(1 << kMaxDigitBits <= 2 * kThreads);
+static_assert(1 << kMaxDigitBits <= 2 * kThreads);  // two digits a thread
 static_assert(kMaxTile < 1 << 16 && kMaxChunk < 1 << 16);
-
-// Counts of two digits share a word, 16 bits each: no sum of a tile's or a chunk's counts reaches over.
-__device__ inline uint32_t low_half(uint32_t word) { return word & 0xffff; }
-__device__ inline uint32_t high_half(uint32_t word) { return word >> 16; }
 
 struct SortShared {
   Lookup* tile;          // [params.tile]
@@ -81,11 +73,6 @@ struct Item {
   }
   __device__ uint32_t digit(uint32_t row) const { return row >> shift & (bins - 1); }
 };
-
-__device__ inline int64_t read_index(const SortParams& params, const SortTable& table, uint32_t position) {
-  return load_index(params.indices, params.index_type,
-                    position * params.index_row_stride + table.index_column * params.index_table_stride);
-}
 
 __device__ inline void prefetch(const char* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
@@ -138,22 +125,14 @@ __device__ inline void read_tile(const SortParams& params, const Item& item, Til
 // Ranks the entries. Leaves in shared.count how many there are of each digit, and in shared.warp_count how many of them
 // come before each warp's.
 __device__ inline void rank_tile(const SortShared& shared, const Item& item, Tile& tile) {
-  const int lane = threadIdx.x % 32;
   const uint32_t words = item.bins / 2;
-  uint32_t* count = shared.warp_count + threadIdx.x / 32 * words;
-  for (uint32_t word = lane; word < words; word += 32) count[word] = 0;
-  __syncwarp();
+  uint32_t* count = clear_warp_count(shared.warp_count, words);
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     if (k >= tile.items()) break;
     const bool present = tile.has(k);
     const uint32_t digit = item.digit(tile.entry[k].row);
-    const unsigned peers = lanes_with_digit<kMaxDigitBits>(digit, present);
-    const unsigned below = peers & ((1u << lane) - 1);
-    const int half = digit % 2 * 16;
-    uint32_t before = 0;
-    if (present && below == 0) before = atomicAdd(&count[digit / 2], static_cast<uint32_t>(__popc(peers)) << half);
-    before = low_half(__shfl_sync(kFullWarp, before, __ffs(peers) - 1) >> half) + __popc(below);
+    const uint32_t before = rank_in_warp(digit, present, count);
     if (k % 2 == 0) {
       tile.rank[k / 2] = before;
     } else {
@@ -161,17 +140,7 @@ __device__ inline void rank_tile(const SortShared& shared, const Item& item, Til
     }
   }
   __syncthreads();
-  const uint32_t word = threadIdx.x;
-  if (word < words) {
-    uint32_t sum = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const uint32_t own = shared.warp_count[w * words + word];
-      shared.warp_count[w * words + word] = sum;
-      sum += own;
-    }
-    shared.count[word] = sum;
-  }
+  count_before_warps<kWarps>(shared.warp_count, words, shared.count);
   __syncthreads();
 }
 
@@ -245,7 +214,7 @@ __device__ inline void move_tile(const SortShared& shared, const Item& item, con
     if (k >= tile.items()) break;
     if (tile.has(k)) {
       const uint32_t digit = item.digit(tile.entry[k].row);
-      const uint32_t earlier = low_half(count[digit / 2] >> digit % 2 * 16);
+      const uint32_t earlier = half_at(count, digit);
       const uint32_t rank = low_half(tile.rank[k / 2] >> k % 2 * 16);
       shared.tile[shared.local[digit] + earlier + rank] = tile.entry[k];
     }
@@ -327,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1) sort_indices(const __grid_constan
 
 IndexSort::IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first, int64_t last,
                      const DeviceInfo& device, bool with_spare)
-    : device_(device) {
+    : device_(device), in_cluster_(plan.cluster > 0) {
   const FeBackwardArgs& args = call.args;
   params_.num_tables = static_cast<int32_t>(last - first);
   params_.index_type = args.index_type;
@@ -352,21 +321,23 @@ IndexSort::IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first
   }
   const int64_t share = std::max<int64_t>(1, device.properties.num_sms / params_.num_tables);
   const int64_t chunks =
-      std::max(std::min(share, ceil_div(args.num_rows, kMinChunk)), ceil_div(args.num_rows, kMaxChunk));
+      in_cluster_ ? plan.cluster
+                  : std::max(std::min(share, ceil_div(args.num_rows, kMinChunk)), ceil_div(args.num_rows, kMaxChunk));
   params_.chunks = static_cast<int32_t>(chunks);
   params_.rows_of_chunk = static_cast<uint32_t>(ceil_div(args.num_rows, chunks));
+  params_.chunk_divisor = Divisor(params_.rows_of_chunk);
   params_.tile = static_cast<int32_t>(std::min<int64_t>(round_up(params_.rows_of_chunk, kThreads), plan.sort_tile));
   blocks_ = std::min<int64_t>(params_.num_tables * chunks, device.properties.num_sms);
   shared_bytes_ = shared_bytes(params_);
   max_shared_bytes_ = device.properties.shared_bytes_per_block - kStaticSharedBytes;
   fits_ = plan.digit_bits <= kMaxDigitBits && plan.sort_tile % kThreads == 0 && plan.sort_tile <= kMaxTile &&
-          plan.sort_tile > 0 && shared_bytes_ <= max_shared_bytes_;
+          plan.sort_tile > 0 && (in_cluster_ || shared_bytes_ <= max_shared_bytes_);
 
   const int64_t entries = args.num_rows * params_.num_tables;
   lookups_bytes_ = round_up(entries * sizeof(Lookup), 256);
-  has_two_lists_ = params_.passes > 1 || with_spare;
-  bytes_ = lookups_bytes_ * (has_two_lists_ ? 2 : 1) +
-           round_up(params_.num_tables * chunks * params_.bins * sizeof(uint16_t), 256);
+  has_two_lists_ = (params_.passes > 1 && !in_cluster_) || with_spare;
+  const int64_t counts_bytes = params_.num_tables * chunks * params_.bins * static_cast<int64_t>(sizeof(uint16_t));
+  bytes_ = lookups_bytes_ * (has_two_lists_ ? 2 : 1) + (in_cluster_ ? 0 : round_up(counts_bytes, 256));
 }
 
 void IndexSort::place(char* memory) {
@@ -379,6 +350,9 @@ FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64
   if (!fits_) return FE_INVALID_ARGUMENT;
   params_.flags = flags;
   params_.flags_bytes = flags_bytes;
+  params_.zeros = zeros;
+  params_.zeros_bytes = zeros_bytes;
+  if (in_cluster_) return sort_in_cluster(params_, device_, stream);
   // A few zeros hide behind the barriers; more would delay them, and leave too little for a launch of their own.
   const int64_t blocks =
       std::max(blocks_, std::min<int64_t>(device_.properties.num_sms, ceil_div(zeros_bytes, kZerosOfBlock)));
@@ -386,11 +360,10 @@ FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64
   const int64_t hidden = barriers * blocks * kZerosOfBlock;
   const int64_t inside = zeros_bytes <= hidden + hidden / 2 ? zeros_bytes : hidden;
   if (inside < zeros_bytes) {
-    const FeStatus zeroed = check_cuda(
-        cudaMemsetAsync(static_cast<char*>(zeros) + inside, 0, zeros_bytes - inside, stream), "sort_indices zeros");
+    const FeStatus zeroed =
+        write_zeros(static_cast<char*>(zeros) + inside, zeros_bytes - inside, Begin::AFTER_ALL, device_, stream);
     if (zeroed != FE_OK) return zeroed;
   }
-  params_.zeros = zeros;
   params_.zeros_bytes = inside;
   params_.zeros_at_barrier = round_up(ceil_div(inside, barriers), 16);
   static std::atomic<uint64_t> allowed{0};
@@ -398,7 +371,7 @@ FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64
                                               &allowed, "sort_indices shared memory");
   if (status != FE_OK) return status;
   return launch_cooperative(sort_indices, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes_, params_,
-                            stream, "sort_indices");
+                            Begin::AFTER_ALL, device_, stream, "sort_indices");
 }
 
 }  // namespace fast_embedding

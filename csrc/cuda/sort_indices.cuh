@@ -32,6 +32,7 @@ struct SortParams {
   int64_t index_table_stride;
   uint32_t num_rows;
   uint32_t rows_of_chunk;
+  Divisor chunk_divisor;
   int32_t chunks;      // of a table; work item i is chunk i % chunks of table i / chunks
   int32_t bins;        // of the widest digit
   int32_t tile;        // entries that a block ranks at a time
@@ -55,16 +56,17 @@ class IndexSort {
   void place(char* memory);
   // Table first + t's lookups, ascending by (row, position), once the sort has run.
   const Lookup* sorted(int64_t t) const {
-    return params_.lookups[(params_.table[t].passes - 1) % 2] + t * params_.num_rows;
+    return params_.lookups[in_cluster_ ? 0 : (params_.table[t].passes - 1) % 2] + t * params_.num_rows;
   }
   // As much memory again, not in use once the sort has run, where there is one table and the sort is with_spare.
-  Lookup* spare() const { return params_.lookups[params_.table[0].passes % 2]; }
+  Lookup* spare() const { return params_.lookups[in_cluster_ ? 1 : params_.table[0].passes % 2]; }
   // Enqueues the sort, and zeros for two ranges. FE_INVALID_ARGUMENT where the plan does not fit.
   FeStatus enqueue(void* flags, int64_t flags_bytes, void* zeros, int64_t zeros_bytes, cudaStream_t stream);
 
  private:
   const DeviceInfo& device_;  // outlives all: read once for the process
   SortParams params_{};
+  bool in_cluster_;
   bool fits_;
   bool has_two_lists_;
   int64_t lookups_bytes_ = 0;
@@ -73,5 +75,9 @@ class IndexSort {
   int64_t max_shared_bytes_ = 0;
   int64_t blocks_ = 0;
 };
+
+// The same in a thread block cluster of params.chunks blocks a table, into lookups[0]. FE_INVALID_ARGUMENT where the
+// device or the chunk does not allow it.
+FeStatus sort_in_cluster(SortParams params, const DeviceInfo& device, cudaStream_t stream);
 
 }  // namespace fast_embedding

@@ -69,16 +69,18 @@ __global__ void __launch_bounds__(kThreads, kScaled ? kBlocksPerSmScaled : kBloc
 
   const uint32_t begin = part * params.part;
   const uint32_t end = min(begin + params.part, params.num_rows);
-  const auto row_before = [&](uint32_t i) { return i > 0 ? __ldg(&table.lookups[i - 1].row) : table.num_embeddings; };
+  const auto row_before = [&](uint32_t i) { return i > 0 ? __ldcg(&table.lookups[i - 1].row) : table.num_embeddings; };
   const auto row_at = [&](uint32_t i) {
-    return i < params.num_rows ? __ldg(&table.lookups[i].row) : table.num_embeddings;
+    return i < params.num_rows ? __ldcg(&table.lookups[i].row) : table.num_embeddings;
   };
   if (threadIdx.x == 0) shared.length = end - begin;
+  let_next_launch_begin();
+  wait_for_last_launch();
   const uint32_t before = row_before(begin);
   const uint32_t after = row_at(end);
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < end - begin; i += kThreads) {
-    const uint2 both = __ldg(reinterpret_cast<const uint2*>(table.lookups) + begin + i);
+    const uint2 both = __ldcg(reinterpret_cast<const uint2*>(table.lookups) + begin + i);
     shared.lookup[i] = {both.x, both.y};
     if (both.x >= table.num_embeddings) atomicMin(&shared.length, i);  // padding, behind all rows
   }
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, kScaled ? kBlocksPerSmScaled : kBloc
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sum[j] += shared.incoming[lane].value[j];
     if constexpr (kScaled) {
-      const auto row_of = [&](uint32_t i) { return __ldg(&table.lookups[i].row); };
+      const auto row_of = [&](uint32_t i) { return __ldcg(&table.lookups[i].row); };
       const uint32_t run_begin = first_from(begin - behind * params.part, begin, first_row, row_of);
       const uint32_t run_end = first_from(begin, begin + length, first_row + 1, row_of);
       store_mean<scalar_t>(address_of(first_row), sum, run_end - run_begin);
@@ -206,9 +208,12 @@ int64_t SortedSums::partials_bytes() const {
 template <typename scalar_t, int kSize>
 FeStatus SortedSums::start(const Launch& launch, cudaStream_t stream) const {
   if (launch.work > INT32_MAX) return FE_UNSUPPORTED;
+  const DeviceInfo* device = nullptr;
+  const FeStatus status = device_info(&device);
+  if (status != FE_OK) return status;
   const auto kernel = args_.scale_grad_by_freq ? sum_sorted<scalar_t, kSize, true> : sum_sorted<scalar_t, kSize, false>;
-  kernel<<<static_cast<unsigned>(launch.work), kThreads, 0, stream>>>(launch.params);
-  return check_cuda(cudaGetLastError(), "sum_sorted");
+  return fast_embedding::launch(kernel, dim3(static_cast<unsigned>(launch.work)), dim3(kThreads), Begin::EARLY, *device,
+                                stream, "sum_sorted", launch.params);
 }
 
 FeStatus SortedSums::enqueue(void* flags, void* partials, cudaStream_t stream) {

@@ -33,7 +33,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a meaning changes; the binding refuses a library of another version. */
-#define FE_ABI_VERSION 4
+#define FE_ABI_VERSION 5
 
 typedef enum FeStatus {
   FE_OK = 0,
@@ -175,6 +175,7 @@ typedef struct FeDevice {
   int64_t l2_bytes;
   int64_t shared_bytes_per_block; /* opt-in maximum */
   int64_t shared_bytes_per_sm;
+  int32_t max_cluster_blocks; /* of a thread block cluster that sorts; 0 where none can */
 } FeDevice;
 
 typedef struct FePlanQuery {
@@ -199,6 +200,7 @@ typedef struct FePlan {
   int32_t threads;         /* PRIVATE: threads a block, each with one column of one copy of the table */
   int32_t splits;          /* PRIVATE: blocks that share the rows; each leaves one copy of the table to be summed */
   int32_t float32_scratch; /* TILE: a 16-bit gradient is summed in a float32 copy of grad_weight */
+  int32_t cluster;         /* SORT: blocks of the cluster that sorts a table while others write zeros; 0: all sort */
 } FePlan;
 
 /* FE_UNSUPPORTED where no kernel takes the sizes (2^31 indices or rows and more). */
