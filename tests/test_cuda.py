@@ -101,6 +101,32 @@ def test_cuda_graph_replays_with_new_indices(layer, deterministic):
         torch.testing.assert_close(results, step(layer, x), rtol=0, atol=0)
 
 
+def test_cuda_graph_of_a_large_gradient(cuda):
+    """Its zeros are written beside the sort: three launches, each of which begins while the one before runs."""
+    weight = torch.randn(300_000, 64, device=cuda, requires_grad=True)
+    x = torch.randint(300_000, (5000,), device=cuda)
+    grad_output = torch.randn(5000, 64, device=cuda)
+
+    def gradient():
+        return torch.autograd.grad(functional.embedding(x, weight), weight, grad_output)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradient()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradient()
+    for _ in range(3):
+        x.copy_(torch.randint(300_000, (5000,), device=cuda))
+        captured.fill_(torch.nan)
+        graph.replay()
+        expected = torch.zeros(300_000, 64, dtype=torch.float64, device=cuda).index_add_(0, x, grad_output.double())
+        torch.testing.assert_close(captured.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(captured, gradient())
+
+
 def test_checks_are_skipped_while_capturing(layer):
     x = new_input(layer, 1000)
     weight = torch.randn(60, 4, device="cuda")

@@ -17,8 +17,6 @@ constexpr int kMaxChunk = kThreads * kItems;  // entries of a block
 constexpr int64_t kSharedBytes = 200 << 10;   // what a chunk and counts of ten bits take, and more than half of an SM's
 constexpr int64_t kMaxInlineZeros = 16 << 10;  // not worth a launch
 constexpr int kPositionBits = 18;              // of a cluster's lookups; above them a pass keeps ranks in a warp
-constexpr int kReads = 4;                      // of indices in flight in a thread
-constexpr uint32_t kLoads = 8;                 // of counts in flight in a thread
 
 static_assert(sizeof(Lookup) * kMaxChunk + (1 << kMaxDigitBits) * (4 + 2 + 2 * kWarps) <= kSharedBytes);
 static_assert(1 << kMaxDigitBits <= 2 * kThreads);  // two digits a thread
@@ -52,6 +50,7 @@ __device__ inline void store_to_block(uint32_t address, Lookup entry) {
 template <typename At>
 __device__ inline void read_chunk(const SortParams& params, const SortTable& table, uint32_t begin, uint32_t length,
                                   int items, At at, Lookup* list) {
+  constexpr int kReads = 4;  // of indices in flight in a thread
   bool in_range = true;
   for (int first = 0; first < items; first += kReads) {
     int64_t index[kReads];
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1) sort_in_cluster(const __grid_cons
     const uint32_t bins = 1u << table.digit_bits;
     const auto digit_of = [&](uint32_t row) { return row >> pass * table.digit_bits & (bins - 1); };
     uint32_t* earlier = clear_warp_count(warp_count, bins / 2);
-#pragma unroll 1  // straight-line code has to be fetched, which took longer than this
+#pragma unroll 1  // unrolled it is twice the code and as fast
     for (int k = 0; k < items; ++k) {
       const bool present = at(k) < length;
       const uint32_t digit = present ? digit_of(list[at(k)].row) : 0;
@@ -121,6 +120,7 @@ __global__ void __launch_bounds__(kThreads, 1) sort_in_cluster(const __grid_cons
     cluster.sync();  // all counts are there, and all lists in registers
 
     const bool owns = 2 * threadIdx.x < bins;
+    constexpr uint32_t kLoads = 8;  // of counts in flight
     uint32_t before[2] = {}, all[2] = {};
     for (uint32_t first = 0; owns && first < blocks; first += kLoads) {
       uint32_t word[kLoads];
