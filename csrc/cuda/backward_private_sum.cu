@@ -38,7 +38,8 @@ constexpr int kMinTile = 64;
 constexpr int kMinShare = 64;        // rows: a block must be worth the sums that it leaves
 constexpr int kMaxJointPlaces = 64;  // more are too many runs, each of which costs as much as two lookups
 constexpr int kEntryStep = 8;        // a lane group's share of the list is a multiple of it
-constexpr uint32_t kNoPlace = 0xffff;
+constexpr int kRowUnit = 8;          // bytes: an entry says in 16 bits where a row of the tile begins
+constexpr int kNoPlace = 0xffff;
 
 // Rows of the gradient under way in a thread.
 template <typename scalar_t>
@@ -68,7 +69,7 @@ struct Layout {
   int32_t edges;     // [kLaneGroups, kMaxColumns] parts of runs that began in another lane group's share
   int32_t goes_on;   // [kLaneGroups]: whether the run goes on beyond the share
   int32_t counters;  // [kGroupWarps, bins]
-  int32_t lists;     // two of list_bytes: place << 16 | row of the tile, a table group's after the other's
+  int32_t lists;     // two of list_bytes: place << 16 | where the row is in the tile, group after group
   int32_t list_bytes;
   int32_t tiles;  // two of tile_bytes: [tile, columns] of the gradient
   int32_t tile_bytes;
@@ -141,9 +142,10 @@ __device__ inline void copy_rows(const SumParams& params, const scalar_t* grad, 
 }
 
 // Step 1: a warp sorts one group's lookups of a tile by place, by counting.
-__device__ inline void group_lookups(const SumParams& params, const TableGroup& group, int64_t first_row, int rows,
-                                     uint32_t* counters, uint32_t* list) {
+__device__ inline void group_lookups(const SumParams& params, const TableGroup& group, int scalar_bytes,
+                                     int64_t first_row, int rows, uint32_t* counters, uint32_t* list) {
   constexpr int kBatches = kMaxTile / 32;
+  const int row_units = params.columns * scalar_bytes / kRowUnit;
   const int lane = threadIdx.x % 32;
   uint32_t place[kBatches] = {};
   for (int t = group.first_table; t < group.first_table + group.num_tables; ++t) {
@@ -206,7 +208,7 @@ __device__ inline void group_lookups(const SumParams& params, const TableGroup& 
   for (int b = 0; b < kBatches; ++b) {
     if (b * 32 + lane < rows) {
       const uint32_t at = place[b] & 0xffff;
-      list[counters[at] + (place[b] >> 16)] = (group.first_place + at) << 16 | (b * 32 + lane);
+      list[counters[at] + (place[b] >> 16)] = (group.first_place + at) << 16 | (b * 32 + lane) * row_units;
     }
   }
   __syncwarp();
@@ -231,63 +233,57 @@ __device__ inline void prepare_tile(const SumParams& params, int64_t first_row, 
   const int warp = threadIdx.x / 32 - kSumWarps;
   uint32_t* counters = reinterpret_cast<uint32_t*>(shared + layout.counters) + warp * params.bins;
   for (int g = warp; g < params.num_groups; g += kGroupWarps) {
-    group_lookups(params, params.group[g], first_row, rows, counters, list + g * rows);
+    group_lookups(params, params.group[g], sizeof(scalar_t), first_row, rows, counters, list + g * rows);
   }
   // The last share's entries up to a whole step.
   const int thread = threadIdx.x - kSumWarps * 32;
-  if (thread < kEntryStep) list[params.num_groups * rows + thread] = kNoPlace << 16;
+  if (thread < kEntryStep) list[params.num_groups * rows + thread] = uint32_t{kNoPlace} << 16;
   __pipeline_wait_prior(0);
 }
 
-// A run that goes on beyond the share of the lane group in which it began.
+template <typename sum_t>
+__device__ inline void add_to(char* address, const Pack<sum_t, kQuad>& addend) {
+  auto* const at = reinterpret_cast<Pack<sum_t, kQuad>*>(address);
+  Pack<sum_t, kQuad> sum = *at;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) sum.value[j] += addend.value[j];
+  *at = sum;
+}
+
+// A run that goes on beyond the share of the lane group in which it began, and where its sum is in shared memory.
 template <typename sum_t>
 struct OpenRun {
   Pack<sum_t, kQuad> sum;
-  uint32_t place = kNoPlace;
+  int to = -1;
 };
 
-template <typename sum_t>
-__device__ inline void add_to(Pack<sum_t, kQuad>* address, const Pack<sum_t, kQuad>& addend) {
-  Pack<sum_t, kQuad> sum = *address;
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) sum.value[j] += addend.value[j];
-  *address = sum;
-}
-
-// This thread's columns of a place's sum; threads behind the last column repeat the last thread's, and must not write.
-template <typename sum_t>
-__device__ inline Pack<sum_t, kQuad>* sum_at(const SumParams& params, char* shared, uint32_t place) {
-  const int column = min(static_cast<int>(threadIdx.x) % kLanes * kQuad, params.columns - kQuad);
-  return reinterpret_cast<Pack<sum_t, kQuad>*>(reinterpret_cast<sum_t*>(shared) + place * params.columns + column);
-}
-
-// Step 2, by the first kSumWarps warps.
+// Step 2, by the first kSumWarps warps. Addresses are offsets in shared memory, or they would be of 64 bits.
 template <typename scalar_t>
 __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int rows, int buffer, char* shared) {
   using sum_t = acc_t<scalar_t>;
   constexpr int kSteps = kUnroll<scalar_t>;
   const Layout& layout = params.layout;
   OpenRun<sum_t> open;
-  const uint32_t length = params.num_groups * rows;
-  const uint32_t share = (length + kLaneGroups * kEntryStep - 1) / (kLaneGroups * kEntryStep) * kEntryStep;
-  const uint32_t begin = threadIdx.x / kLanes * share;
+  const int length = params.num_groups * rows;
+  const int share = (length + kLaneGroups * kEntryStep - 1) / (kLaneGroups * kEntryStep) * kEntryStep;
+  const int begin = static_cast<int>(threadIdx.x) / kLanes * share;
   if (begin >= length) return open;
-  const uint32_t end = min(begin + share, length);
+  const int end = min(begin + share, length);
 
-  const int lane_column = static_cast<int>(threadIdx.x) % kLanes * kQuad;
-  const bool owns = lane_column < params.columns;
-  const uint32_t pitch = params.columns * sizeof(scalar_t);
+  // Threads behind the last column repeat the last thread's, and must not write.
+  const int column = min(static_cast<int>(threadIdx.x) % kLanes * kQuad, params.columns - kQuad);
+  const bool owns = static_cast<int>(threadIdx.x) % kLanes * kQuad == column;
+  const int place_bytes = params.columns * static_cast<int>(sizeof(sum_t));
+  const int first_sum = column * static_cast<int>(sizeof(sum_t));
+  const int gradient = layout.tiles + buffer * layout.tile_bytes + column * static_cast<int>(sizeof(scalar_t));
   const uint32_t* list = reinterpret_cast<const uint32_t*>(shared + layout.lists + buffer * layout.list_bytes);
-  const char* column = shared + layout.tiles + buffer * layout.tile_bytes +
-                       min(lane_column, params.columns - kQuad) * static_cast<int>(sizeof(scalar_t));
-  uint32_t current = list[begin] >> 16;
-  bool incoming = begin > 0 && list[begin - 1] >> 16 == current;
+
+  const int first = list[begin] >> 16;
+  const bool incoming = begin > 0 && list[begin - 1] >> 16 == list[begin] >> 16;
+  int current = first;
+  int to = incoming ? layout.edges + static_cast<int>(threadIdx.x * sizeof(open.sum)) : first * place_bytes + first_sum;
   Pack<sum_t, kQuad> sum{};
-  const auto hand_over = [&](bool goes_on) {
-    reinterpret_cast<Pack<sum_t, kQuad>*>(shared + layout.edges)[threadIdx.x] = sum;
-    if (lane_column == 0) reinterpret_cast<int32_t*>(shared + layout.goes_on)[threadIdx.x / kLanes] = goes_on;
-  };
-  for (uint32_t i = begin; i < end; i += kSteps) {
+  for (int i = begin; i < end; i += kSteps) {
     uint32_t entry[kSteps];
     Pack<scalar_t, kQuad> value[kSteps];
 #pragma unroll
@@ -300,52 +296,48 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
     }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      value[k] = *reinterpret_cast<const Pack<scalar_t, kQuad>*>(column + (entry[k] & 0xffff) * pitch);
+      const int at = gradient + static_cast<int>(entry[k] & 0xffff) * kRowUnit;
+      value[k] = *reinterpret_cast<const Pack<scalar_t, kQuad>*>(shared + at);
     }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      if (entry[k] >> 16 != current) {
-        if (incoming) {
-          hand_over(false);
-        } else if (owns) {
-          add_to(sum_at<sum_t>(params, shared, current), sum);
-        }
-        incoming = false;
-        current = entry[k] >> 16;
+      const int place = entry[k] >> 16;
+      if (place != current) {
+        if (owns) add_to(shared + to, sum);
+        to = place * place_bytes + first_sum;
         sum = {};
       }
+      current = place;
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) sum.value[j] += widen(value[k].value[j]);
     }
   }
-  if (current == kNoPlace) return open;
-  const bool outgoing = end < length && list[end] >> 16 == current;
-  if (incoming) {
-    hand_over(outgoing);
-  } else if (outgoing) {
-    open.sum = sum;
-    open.place = current;
-  } else if (owns) {
-    add_to(sum_at<sum_t>(params, shared, current), sum);
+  const bool outgoing = end < length && static_cast<int>(list[end] >> 16) == current;
+  const bool through = outgoing && incoming && current == first;
+  if (threadIdx.x % kLanes == 0) reinterpret_cast<int32_t*>(shared + layout.goes_on)[threadIdx.x / kLanes] = through;
+  if (outgoing && !through) {
+    open = {sum, to};
+  } else if (owns && current != kNoPlace) {
+    add_to(shared + to, sum);
   }
   return open;
 }
 
-// Step 2, the end, behind a barrier. A run is of one tile and group, so its chain of parts is short.
+// Step 2, the end, behind a barrier. A run is of one tile and group, so its chain of parts is short. Edges are left
+// cleared for the next tile.
 template <typename sum_t>
 __device__ inline void close_run(const SumParams& params, OpenRun<sum_t> open, char* shared) {
-  if (open.place == kNoPlace) return;
-  const Pack<sum_t, kQuad>* edges = reinterpret_cast<const Pack<sum_t, kQuad>*>(shared + params.layout.edges);
-  const int32_t* goes_on = reinterpret_cast<const int32_t*>(shared + params.layout.goes_on);
-  int part = threadIdx.x / kLanes;
+  if (open.to < 0 || static_cast<int>(threadIdx.x) % kLanes * kQuad >= params.columns) return;
+  auto* edge = reinterpret_cast<Pack<sum_t, kQuad>*>(shared + params.layout.edges) + threadIdx.x;
+  const int32_t* goes_on = reinterpret_cast<const int32_t*>(shared + params.layout.goes_on) + threadIdx.x / kLanes;
   do {
-    ++part;
+    edge += kLanes;
+    ++goes_on;
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) open.sum.value[j] += edges[part * kLanes + threadIdx.x % kLanes].value[j];
-  } while (goes_on[part]);
-  if (static_cast<int>(threadIdx.x) % kLanes * kQuad < params.columns) {
-    add_to(sum_at<sum_t>(params, shared, open.place), open.sum);
-  }
+    for (int j = 0; j < kQuad; ++j) open.sum.value[j] += edge->value[j];
+    *edge = Pack<sum_t, kQuad>{};
+  } while (*goes_on);
+  add_to(shared + open.to, open.sum);
 }
 
 // Step 3, in a block: the rows' sums from those of their places.
@@ -419,7 +411,7 @@ __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_co
     } else if (begin >= 0) {
       open = sum_tile<scalar_t>(params, min(rows - begin, params.tile), buffer ^ 1, shared);
     } else {
-      for (int i = threadIdx.x; i < params.layout.edges / 16; i += kSumWarps * 32) {
+      for (int i = threadIdx.x; i < params.layout.goes_on / 16; i += kSumWarps * 32) {
         reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
       }
     }
