@@ -122,20 +122,14 @@ __device__ inline void copy_rows(const SumParams& params, const scalar_t* grad, 
       }
     }
   } else {
-    constexpr int kRows = 2;
-    for (int row = thread / kLanes; row < rows; row += kRows * kRowStep) {
-      scalar_t value[kRows][kQuad];
+#pragma unroll 4
+    for (int row = thread / kLanes; row < rows; row += kRowStep) {
 #pragma unroll
-      for (int k = 0; k < kRows * kQuad; ++k) {
-        const int at = min((thread % kLanes + k % kQuad * kLanes) * kBytes, width - kBytes);
-        const int from = min(row + k / kQuad * kRowStep, rows - 1);
-        value[k / kQuad][k % kQuad] = *reinterpret_cast<const scalar_t*>(source + from * stride + at);
-      }
-#pragma unroll
-      for (int k = 0; k < kRows * kQuad; ++k) {
-        const int at = (thread % kLanes + k % kQuad * kLanes) * kBytes;
-        const int to = row + k / kQuad * kRowStep;
-        if (to < rows && at < width) *reinterpret_cast<scalar_t*>(tile + to * pitch + at) = value[k / kQuad][k % kQuad];
+      for (int k = 0; k < kQuad; ++k) {
+        // Threads behind the last column repeat it: a branch would make each load wait for the one before.
+        const int at = min((thread % kLanes + k * kLanes) * kBytes, width - kBytes);
+        *reinterpret_cast<unsigned short*>(tile + row * pitch + at) =
+            __ldg(reinterpret_cast<const unsigned short*>(source + row * stride + at));
       }
     }
   }
