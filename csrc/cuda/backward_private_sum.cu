@@ -1,11 +1,11 @@
 // PRIVATE for small tables whose embeddings were added: their gradients come from the same rows, so each is read once.
-// A block has up to kMaxColumns columns of all tables' sums in shared memory and a share of the rows, which it takes a
-// tile at a time:
+// A block has up to kMaxColumns columns of all tables' sums in shared memory and a share of the rows:
 //
-//   1. some warps copy a tile of the gradient into shared memory and group its lookups by row of the table, while
-//   2. the others sum the tile before: lane groups take equal shares of the grouped list, whatever the indices, add
-//      what belongs to a row in registers, and then to the row's sum. A run over several shares is put together by the
-//      lane group in which it begins, so a sum has one owner at a time and needs no atomics;
+//   1. warps sort the lookups of a tile of rows by row of the table, each those of one group of tables; where blocks
+//      have columns of the same rows they sort each its part, leave the lists in scratch and wait for the others;
+//   2. tile by tile, the next being copied into shared memory meanwhile, lane groups take equal shares of the list,
+//      whatever the indices, add what belongs to a row in registers, and then to the row's sum. A run over several
+//      shares is put together by the lane group in which it begins, so a sum has one owner at a time;
 //   3. after a grid-wide barrier all threads sum the blocks' sums, in order.
 //
 // What bounds it is shared memory: each element is read once for each table. So small tables are first taken together:
@@ -24,22 +24,22 @@
 namespace fast_embedding {
 namespace {
 
-constexpr int kSumWarps = 16;
-constexpr int kGroupWarps = 8;
-constexpr int kThreads = (kSumWarps + kGroupWarps) * 32;
-constexpr int kLanes = 16;  // threads that share a row
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * 32;
+constexpr int kLanes = 16;  // threads that share a row, at the most
 constexpr int kQuad = 4;    // columns of a thread
 constexpr int kMaxColumns = kLanes * kQuad;
-constexpr int kLaneGroups = kSumWarps * 32 / kLanes;
 constexpr int kMaxTables = 16;
-constexpr int kMaxTile = 512;   // rows: a lane that groups them keeps one of each 32 in registers
-constexpr int kIndexLoads = 8;  // in flight in a lane
+constexpr int kMaxTile = 512;  // rows: a lane that sorts them keeps one of each 32 in registers
 constexpr int kMinTile = 64;
 constexpr int kMinShare = 64;        // rows: a block must be worth the sums that it leaves
 constexpr int kMaxJointPlaces = 64;  // more are too many runs, each of which costs as much as two lookups
 constexpr int kEntryStep = 8;        // a lane group's share of the list is a multiple of it
 constexpr int kRowUnit = 8;          // bytes: an entry says in 16 bits where a row of the tile begins
 constexpr int kNoPlace = 0xffff;
+constexpr int64_t kWholeTileBytes = 64 << 10;  // more are worth a second tile, so that copying and summing overlap
+constexpr int64_t kMinSumBytes = 2 << 10;      // counters for all warps where tables are tiny
+constexpr int kMaxParts = 8;
 
 // Rows of the gradient under way in a thread.
 template <typename scalar_t>
@@ -64,14 +64,14 @@ struct TableGroup {
   int32_t bits;    // of a place in the group
 };
 
-// Where things are in shared memory, behind the sums [places, columns]: bytes, multiples of 32.
+// Where things are in shared memory: bytes, multiples of 32. At 0 the counters of step 1, [warps, bins], and then the
+// sums, [places, columns].
 struct Layout {
-  int32_t edges;     // [kLaneGroups, kMaxColumns] parts of runs that began in another lane group's share
-  int32_t goes_on;   // [kLaneGroups]: whether the run goes on beyond the share
-  int32_t counters;  // [kGroupWarps, bins]
-  int32_t lists;     // two of list_bytes: place << 16 | where the row is in the tile, group after group
+  int32_t edges;    // [kThreads] parts of runs that began in another lane group's share
+  int32_t goes_on;  // [kThreads]: whether a lane group's run goes on beyond its share
+  int32_t lists;    // of list_bytes: place << 16 | where the row is in the tile, group after group
   int32_t list_bytes;
-  int32_t tiles;  // two of tile_bytes: [tile, columns] of the gradient
+  int32_t tiles;  // of tile_bytes: [tile, columns] of the gradient
   int32_t tile_bytes;
   int32_t total;
 };
@@ -86,9 +86,13 @@ struct SumParams {
   int32_t places;
   int32_t bins;  // of the group with the most places, a multiple of 32
   int32_t embedding_dim;
-  int32_t columns;  // of a block, a multiple of kQuad up to kMaxColumns
+  int32_t columns;    // of a block, a multiple of kQuad up to kMaxColumns
+  int32_t lane_bits;  // 2^lane_bits threads share a row
   int32_t copy_bytes;
   int32_t tile;
+  int32_t tiles;  // of a split, at the most
+  int32_t sort_warps;
+  int32_t parts;  // threads that share an element of step 3, a power of two
   int32_t rows_per_split;
   int32_t num_rows;
   Layout layout;
@@ -100,34 +104,32 @@ struct SumParams {
   int64_t grad_output_stride;
   void* grad_weight;
   void* partials;  // [splits, slices, total_rows, columns] accumulators
+  char* lists;     // [splits, tiles, list_bytes] as in shared memory
 };
 
-// Step 1: the block's columns of a tile. [row of the tile, bytes], asked for and not waited for, but for single 16-bit
+// The block's columns of a tile. [row of the tile, bytes], asked for and not waited for, but for single 16-bit
 // elements, which no asynchronous copy takes.
 template <typename scalar_t, int kBytes>
 __device__ inline void copy_rows(const SumParams& params, const scalar_t* grad, int rows, char* tile) {
-  constexpr int kRowStep = kGroupWarps * 32 / kLanes;
+  constexpr int kRowStep = kThreads / kLanes;
   const int first_column = blockIdx.y * params.columns;
   const int width = min(params.columns, params.embedding_dim - first_column) * static_cast<int>(sizeof(scalar_t));
   const int pitch = params.columns * static_cast<int>(sizeof(scalar_t));
-  const int thread = threadIdx.x - kSumWarps * 32;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const char* source = reinterpret_cast<const char*>(grad + first_column);
   const int64_t stride = params.grad_output_stride * static_cast<int64_t>(sizeof(scalar_t));
-  if constexpr (kBytes >= 4) {
 #pragma unroll 4
-    for (int row = thread / kLanes; row < rows; row += kRowStep) {
+  for (int row = threadIdx.x / kLanes; row < rows; row += kRowStep) {
+    if constexpr (kBytes >= 4) {
 #pragma unroll 1
-      for (int at = thread % kLanes * kBytes; at < width; at += kLanes * kBytes) {
+      for (int at = lane * kBytes; at < width; at += kLanes * kBytes) {
         __pipeline_memcpy_async(tile + row * pitch + at, source + row * stride + at, kBytes);
       }
-    }
-  } else {
-#pragma unroll 4
-    for (int row = thread / kLanes; row < rows; row += kRowStep) {
+    } else {
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
         // Threads behind the last column repeat it: a branch would make each load wait for the one before.
-        const int at = min((thread % kLanes + k * kLanes) * kBytes, width - kBytes);
+        const int at = min((lane + k * kLanes) * kBytes, width - kBytes);
         *reinterpret_cast<unsigned short*>(tile + row * pitch + at) =
             __ldg(reinterpret_cast<const unsigned short*>(source + row * stride + at));
       }
@@ -135,30 +137,52 @@ __device__ inline void copy_rows(const SumParams& params, const scalar_t* grad, 
   }
 }
 
-// Step 1: a warp sorts one group's lookups of a tile by place, by counting.
-__device__ inline void group_lookups(const SumParams& params, const TableGroup& group, int scalar_bytes,
-                                     int64_t first_row, int rows, uint32_t* counters, uint32_t* list) {
+template <typename scalar_t>
+__device__ inline void copy_tile(const SumParams& params, int64_t first_row, int rows, char* tile) {
+  const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + first_row * params.grad_output_stride;
+  if (params.copy_bytes == 16) {
+    copy_rows<scalar_t, 16>(params, grad, rows, tile);
+  } else if (params.copy_bytes == 8) {
+    copy_rows<scalar_t, 8>(params, grad, rows, tile);
+  } else {
+    copy_rows<scalar_t, sizeof(scalar_t)>(params, grad, rows, tile);
+  }
+}
+
+__device__ inline char* list_in_scratch(const SumParams& params, int tile) {
+  return params.lists + (static_cast<int64_t>(blockIdx.x) * params.tiles + tile) * params.layout.list_bytes;
+}
+
+// Of a tile that has been sorted into scratch.
+__device__ inline void copy_list(const SumParams& params, int tile, int rows, char* list) {
+  const char* source = list_in_scratch(params, tile);
+  const int bytes = (params.num_groups * rows + kEntryStep) * 4;
+  for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) __pipeline_memcpy_async(list + at, source + at, 16);
+}
+
+// Step 1: a warp sorts one group's lookups of a tile by place, by counting. Loads and ballots of the batches of 32 rows
+// do not wait for each other.
+__device__ inline void sort_lookups(const SumParams& params, const TableGroup& group, int row_units, int64_t first_row,
+                                    int rows, uint32_t* counters, uint32_t* list) {
   constexpr int kBatches = kMaxTile / 32;
-  const int row_units = params.columns * scalar_bytes / kRowUnit;
+  constexpr int kTogether = kBatches / 2;
   const int lane = threadIdx.x % 32;
   uint32_t place[kBatches] = {};
+#pragma unroll 1
   for (int t = group.first_table; t < group.first_table + group.num_tables; ++t) {
     const SumTable& table = params.table[t];
     int64_t at = (first_row + lane) * params.index_row_stride + table.index_column * params.index_table_stride;
+    int64_t index[kBatches];
     int64_t wrong = 0;
 #pragma unroll
-    for (int half = 0; half < kBatches; half += kIndexLoads) {
-      int64_t index[kIndexLoads];
+    for (int b = 0; b < kBatches; ++b, at += 32 * params.index_row_stride) {
+      index[b] = b * 32 + lane < rows ? load_index(params.indices, params.index_type, at) : 0;
+    }
 #pragma unroll
-      for (int k = 0; k < kIndexLoads; ++k, at += 32 * params.index_row_stride) {
-        index[k] = (half + k) * 32 + lane < rows ? load_index(params.indices, params.index_type, at) : 0;
-      }
-#pragma unroll
-      for (int k = 0; k < kIndexLoads; ++k) {
-        const int64_t row = signed_index(index[k], params.index_type);
-        if (!is_in_range(row, table.num_embeddings)) wrong = row;
-        place[half + k] += static_cast<uint32_t>(row) * table.multiplier;
-      }
+    for (int b = 0; b < kBatches; ++b) {
+      const int64_t row = signed_index(index[b], params.index_type);
+      if (!is_in_range(row, table.num_embeddings)) wrong = row;
+      place[b] += static_cast<uint32_t>(row) * table.multiplier;
     }
     check_index(wrong, table.num_embeddings);
   }
@@ -166,20 +190,27 @@ __device__ inline void group_lookups(const SumParams& params, const TableGroup& 
   __syncwarp();
   // Each lookup's rank among those of its place goes into the place's high half.
 #pragma unroll
-  for (int b = 0; b < kBatches; ++b) {
-    if (b * 32 < rows) {
-      const bool present = b * 32 + lane < rows;
-      unsigned peers = __ballot_sync(kFullWarp, present);
+  for (int first = 0; first < kBatches; first += kTogether) {
+    if (first * 32 >= rows) break;
+    unsigned peers[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) peers[k] = __ballot_sync(kFullWarp, (first + k) * 32 + lane < rows);
 #pragma unroll 1
-      for (int bit = 0; bit < group.bits; ++bit) {
-        const bool set = place[b] >> bit & 1;
+    for (int bit = 0; bit < group.bits; ++bit) {
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        const bool set = place[first + k] >> bit & 1;
         const unsigned vote = __ballot_sync(kFullWarp, set);
-        peers &= set ? vote : ~vote;
+        peers[k] &= set ? vote : ~vote;
       }
-      const uint32_t lower = __popc(peers & ((1u << lane) - 1));
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const int b = first + k;
+      const uint32_t lower = __popc(peers[k] & ((1u << lane) - 1));
       const uint32_t before = counters[place[b]];
       __syncwarp();
-      if (present && lower == 0) counters[place[b]] = before + __popc(peers);
+      if (b * 32 + lane < rows && lower == 0) counters[place[b]] = before + __popc(peers[k]);
       __syncwarp();
       place[b] |= (before + lower) << 16;
     }
@@ -208,31 +239,28 @@ __device__ inline void group_lookups(const SumParams& params, const TableGroup& 
   __syncwarp();
 }
 
-// Step 1, by the last kGroupWarps warps.
+// Step 1. The blocks of the same rows share the work, unless there is one tile alone: its list is not worth a barrier.
 template <typename scalar_t>
-__device__ inline void prepare_tile(const SumParams& params, int64_t first_row, int rows, int buffer, char* shared) {
-  const Layout& layout = params.layout;
-  const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + first_row * params.grad_output_stride;
-  char* tile = shared + layout.tiles + buffer * layout.tile_bytes;
-  if (params.copy_bytes == 16) {
-    copy_rows<scalar_t, 16>(params, grad, rows, tile);
-  } else if (params.copy_bytes == 8) {
-    copy_rows<scalar_t, 8>(params, grad, rows, tile);
-  } else {
-    copy_rows<scalar_t, sizeof(scalar_t)>(params, grad, rows, tile);
+__device__ inline void sort_tiles(const SumParams& params, int64_t first_row, int rows, char* shared) {
+  const bool shares = params.tiles > 1;
+  const int blocks = shares ? gridDim.y : 1;
+  const int warp = threadIdx.x / 32;
+  const int row_units = params.columns * static_cast<int>(sizeof(scalar_t)) / kRowUnit;
+  const int jobs = (rows + params.tile - 1) / params.tile * params.num_groups;
+  if (warp >= params.sort_warps) return;
+  uint32_t* counters = reinterpret_cast<uint32_t*>(shared) + warp * params.bins;
+  for (int job = warp * blocks + (shares ? blockIdx.y : 0); job < jobs; job += params.sort_warps * blocks) {
+    const int tile = job / params.num_groups;
+    const int g = job - tile * params.num_groups;
+    const int begin = tile * params.tile;
+    const int tile_rows = min(rows - begin, params.tile);
+    auto* list = reinterpret_cast<uint32_t*>(shares ? list_in_scratch(params, tile) : shared + params.layout.lists);
+    list += g * tile_rows;
+    sort_lookups(params, params.group[g], row_units, first_row + begin, tile_rows, counters, list);
+    // The last share's entries up to a whole step.
+    const int lane = threadIdx.x % 32;
+    if (g == params.num_groups - 1 && lane < kEntryStep) list[tile_rows + lane] = uint32_t{kNoPlace} << 16;
   }
-  __pipeline_commit();
-
-  uint32_t* list = reinterpret_cast<uint32_t*>(shared + layout.lists + buffer * layout.list_bytes);
-  const int warp = threadIdx.x / 32 - kSumWarps;
-  uint32_t* counters = reinterpret_cast<uint32_t*>(shared + layout.counters) + warp * params.bins;
-  for (int g = warp; g < params.num_groups; g += kGroupWarps) {
-    group_lookups(params, params.group[g], sizeof(scalar_t), first_row, rows, counters, list + g * rows);
-  }
-  // The last share's entries up to a whole step.
-  const int thread = threadIdx.x - kSumWarps * 32;
-  if (thread < kEntryStep) list[params.num_groups * rows + thread] = uint32_t{kNoPlace} << 16;
-  __pipeline_wait_prior(0);
 }
 
 template <typename sum_t>
@@ -251,7 +279,7 @@ struct OpenRun {
   int to = -1;
 };
 
-// Step 2, by the first kSumWarps warps. Addresses are offsets in shared memory, or they would be of 64 bits.
+// Step 2. Addresses are offsets in shared memory, or they would be of 64 bits.
 template <typename scalar_t>
 __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int rows, int buffer, char* shared) {
   using sum_t = acc_t<scalar_t>;
@@ -259,14 +287,17 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
   const Layout& layout = params.layout;
   OpenRun<sum_t> open;
   const int length = params.num_groups * rows;
-  const int share = (length + kLaneGroups * kEntryStep - 1) / (kLaneGroups * kEntryStep) * kEntryStep;
-  const int begin = static_cast<int>(threadIdx.x) / kLanes * share;
+  const int lane_group = static_cast<int>(threadIdx.x) >> params.lane_bits;
+  const int lane = static_cast<int>(threadIdx.x) - (lane_group << params.lane_bits);
+  const int step = kThreads * kEntryStep >> params.lane_bits;
+  const int share = small_quotient(length + step - 1, step) * kEntryStep;
+  const int begin = lane_group * share;
   if (begin >= length) return open;
   const int end = min(begin + share, length);
 
   // Threads behind the last column repeat the last thread's, and must not write.
-  const int column = min(static_cast<int>(threadIdx.x) % kLanes * kQuad, params.columns - kQuad);
-  const bool owns = static_cast<int>(threadIdx.x) % kLanes * kQuad == column;
+  const int column = min(lane * kQuad, params.columns - kQuad);
+  const bool owns = lane * kQuad == column;
   const int place_bytes = params.columns * static_cast<int>(sizeof(sum_t));
   const int first_sum = column * static_cast<int>(sizeof(sum_t));
   const int gradient = layout.tiles + buffer * layout.tile_bytes + column * static_cast<int>(sizeof(scalar_t));
@@ -308,7 +339,7 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
   }
   const bool outgoing = end < length && static_cast<int>(list[end] >> 16) == current;
   const bool through = outgoing && incoming && current == first;
-  if (threadIdx.x % kLanes == 0) reinterpret_cast<int32_t*>(shared + layout.goes_on)[threadIdx.x / kLanes] = through;
+  if (lane == 0) (shared + layout.goes_on)[lane_group] = through;
   if (outgoing && !through) {
     open = {sum, to};
   } else if (owns && current != kNoPlace) {
@@ -321,11 +352,13 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
 // cleared for the next tile.
 template <typename sum_t>
 __device__ inline void close_run(const SumParams& params, OpenRun<sum_t> open, char* shared) {
-  if (open.to < 0 || static_cast<int>(threadIdx.x) % kLanes * kQuad >= params.columns) return;
+  const int lane_group = threadIdx.x >> params.lane_bits;
+  const int lanes = 1 << params.lane_bits;
+  if (open.to < 0 || static_cast<int>(threadIdx.x) % lanes * kQuad >= params.columns) return;
   auto* edge = reinterpret_cast<Pack<sum_t, kQuad>*>(shared + params.layout.edges) + threadIdx.x;
-  const int32_t* goes_on = reinterpret_cast<const int32_t*>(shared + params.layout.goes_on) + threadIdx.x / kLanes;
+  const char* goes_on = shared + params.layout.goes_on + lane_group;
   do {
-    edge += kLanes;
+    edge += lanes;
     ++goes_on;
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) open.sum.value[j] += edge->value[j];
@@ -350,14 +383,15 @@ __device__ inline void sum_places(const SumParams& params, const char* shared) {
     const int local = row - params.first_row[t];
     Pack<sum_t, kQuad> sum{};
     if (local != table.padding_idx) {
-      const int step = table.multiplier * table.num_embeddings;
-      for (int high = 0; high < group.places; high += step) {
-        for (int low = 0; low < table.multiplier; ++low) {
-          const int place = group.first_place + high + local * table.multiplier + low;
-          const Pack<sum_t, kQuad> addend = sums[place * quads + item - row * quads];
+      const int count = group.places / table.num_embeddings;
+      const int first = group.first_place + local * table.multiplier;
+#pragma unroll 4
+      for (int k = 0; k < count; ++k) {
+        const int high = small_quotient(k, table.multiplier);
+        const int place = first + k + high * table.multiplier * (table.num_embeddings - 1);
+        const Pack<sum_t, kQuad> addend = sums[place * quads + item - row * quads];
 #pragma unroll
-          for (int j = 0; j < kQuad; ++j) sum.value[j] += addend.value[j];
-        }
+        for (int j = 0; j < kQuad; ++j) sum.value[j] += addend.value[j];
       }
     }
     partials[item] = sum;
@@ -371,15 +405,21 @@ __device__ inline void sum_splits(const SumParams& params) {
   scalar_t* grad_weight = static_cast<scalar_t*>(params.grad_weight);
   const int elements = params.total_rows * params.columns;
   const int64_t split_step = static_cast<int64_t>(gridDim.y) * elements;
-  for (int element = blockIdx.x * kThreads + threadIdx.x; element < elements; element += gridDim.x * kThreads) {
-    const int row = element / params.columns;
-    const int column = blockIdx.y * params.columns + element - row * params.columns;
-    if (column >= params.embedding_dim) continue;
+  const int items = (elements * params.parts + 31) / 32 * 32;  // whole warps, for the shuffles
+  for (int item = blockIdx.x * kThreads + threadIdx.x; item < items; item += gridDim.x * kThreads) {
+    const int element = min(item / params.parts, elements - 1);
+    const int part = item % params.parts;
     const sum_t* partial =
         static_cast<const sum_t*>(params.partials) + static_cast<int64_t>(blockIdx.y) * elements + element;
     sum_t total = 0;
 #pragma unroll 16
-    for (int split = 0; split < static_cast<int>(gridDim.x); ++split) total += partial[split * split_step];
+    for (int split = part; split < static_cast<int>(gridDim.x); split += params.parts) {
+      total += partial[split * split_step];
+    }
+    for (int delta = 1; delta < params.parts; delta *= 2) total += __shfl_xor_sync(kFullWarp, total, delta);
+    const int row = element / params.columns;
+    const int column = blockIdx.y * params.columns + element - row * params.columns;
+    if (part > 0 || column >= params.embedding_dim) continue;
     const int t = find_last(params.first_row, params.num_tables, row);
     const int64_t local = row - params.first_row[t];
     grad_weight[params.table[t].weight_offset + local * params.embedding_dim + column] = narrow<scalar_t>(total);
@@ -390,30 +430,40 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_constant__ SumParams params) {
   using sum_t = acc_t<scalar_t>;
   extern __shared__ __align__(32) char shared[];
-  const bool sums = threadIdx.x < kSumWarps * 32;
+  const Layout& layout = params.layout;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * params.rows_per_split;
   const int rows = static_cast<int>(min(int64_t{params.rows_per_split}, params.num_rows - first_row));
-  // While a tile is prepared, the one before is summed; while the first is, the sums are cleared.
+  copy_tile<scalar_t>(params, first_row, min(rows, params.tile), shared + layout.tiles);
+  sort_tiles<scalar_t>(params, first_row, rows, shared);
+  if (params.tiles > 1 && gridDim.y > 1) {
+    cooperative_groups::this_grid().sync();
+  } else {
+    __syncthreads();
+  }
+  if (params.tiles > 1) copy_list(params, 0, min(rows, params.tile), shared + layout.lists);
+  __pipeline_commit();
+  for (int i = threadIdx.x; i < layout.lists / 16; i += kThreads) {
+    reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
+  }
   int buffer = 0;
-  for (int begin = -params.tile; begin < rows; begin += params.tile) {
-    OpenRun<sum_t> open;
+  for (int tile = 0; tile * params.tile < rows; ++tile) {
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    const int begin = tile * params.tile;
     const int next = begin + params.tile;
-    if (!sums) {
-      if (next < rows) {
-        prepare_tile<scalar_t>(params, first_row + next, min(rows - next, params.tile), buffer, shared);
-      }
-    } else if (begin >= 0) {
-      open = sum_tile<scalar_t>(params, min(rows - begin, params.tile), buffer ^ 1, shared);
-    } else {
-      for (int i = threadIdx.x; i < params.layout.goes_on / 16; i += kSumWarps * 32) {
-        reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
-      }
+    if (next < rows) {
+      const int next_rows = min(rows - next, params.tile);
+      const int other = buffer ^ 1;
+      copy_list(params, tile + 1, next_rows, shared + layout.lists + other * layout.list_bytes);
+      copy_tile<scalar_t>(params, first_row + next, next_rows, shared + layout.tiles + other * layout.tile_bytes);
+      __pipeline_commit();
     }
+    const auto open = sum_tile<scalar_t>(params, min(rows - begin, params.tile), buffer, shared);
     __syncthreads();
-    if (sums) close_run<sum_t>(params, open, shared);
-    __syncthreads();
+    close_run<sum_t>(params, open, shared);
     buffer ^= 1;
   }
+  __syncthreads();
   sum_places<scalar_t>(params, shared);
 
   if (blockIdx.x == 0 && blockIdx.y == 0) {
@@ -478,26 +528,49 @@ void set_groups(const BackwardCall& call, int64_t max_places, SumParams* params)
   }
 }
 
-Layout lay_out(const SumParams& params, FeScalarType type, int32_t tile) {
-  const int32_t sum_bytes = static_cast<int32_t>(accumulator_bytes(type));
-  const auto behind = [](int32_t begin, int32_t bytes) { return static_cast<int32_t>(round_up(begin + bytes, 32)); };
+Layout lay_out(const SumParams& params, FeScalarType type, int32_t tile, int32_t buffers) {
+  const int64_t sum_bytes = accumulator_bytes(type);
   Layout layout;
-  layout.edges = behind(0, params.places * params.columns * sum_bytes);
-  layout.goes_on = behind(layout.edges, kLaneGroups * kMaxColumns * sum_bytes);
-  layout.counters = behind(layout.goes_on, kLaneGroups * 4);
-  layout.lists = behind(layout.counters, kGroupWarps * params.bins * 4);
-  layout.list_bytes = behind(0, (params.num_groups * tile + kEntryStep) * 4);
-  layout.tiles = layout.lists + 2 * layout.list_bytes;
-  layout.tile_bytes = behind(0, tile * params.columns * static_cast<int32_t>(scalar_bytes(type)));
-  layout.total = layout.tiles + 2 * layout.tile_bytes;
+  int64_t end = 0;
+  const auto place = [&](int64_t bytes) {
+    const int64_t begin = end;
+    end = round_up(end + bytes, 32);
+    return static_cast<int32_t>(begin);
+  };
+  place(std::max(params.places * params.columns * sum_bytes, kMinSumBytes));
+  layout.edges = place(kThreads * kQuad * sum_bytes);
+  layout.goes_on = place(kThreads);
+  layout.list_bytes = static_cast<int32_t>(round_up((params.num_groups * tile + kEntryStep) * 4, 32));
+  layout.lists = place(int64_t{buffers} * layout.list_bytes);
+  layout.tile_bytes = static_cast<int32_t>(round_up(tile * params.columns * scalar_bytes(type), 32));
+  layout.tiles = place(int64_t{buffers} * layout.tile_bytes);
+  layout.total = static_cast<int32_t>(end);
   return layout;
 }
 
 // The most rows that a tile can have; 0 if the tables do not fit.
-int32_t largest_tile(const SumParams& params, FeScalarType type, int64_t shared_bytes) {
+int32_t largest_tile(const SumParams& params, FeScalarType type, int32_t buffers, int64_t shared_bytes) {
   int32_t tile = kMaxTile;
-  while (tile >= kMinTile && lay_out(params, type, tile).total > shared_bytes) tile -= 8;
+  while (tile >= kMinTile && lay_out(params, type, tile, buffers).total > shared_bytes) tile -= 8;
   return tile < kMinTile ? 0 : tile;
+}
+
+// One tile if it holds all rows of a split, or else such that each share of a list is of whole steps.
+void set_tiles(FeScalarType type, int64_t slices, int32_t largest, int64_t shared_bytes, SumParams* params) {
+  const int64_t rows = params->rows_per_split;
+  const bool overlaps = slices == 1 && rows * params->columns * scalar_bytes(type) > kWholeTileBytes;
+  int32_t buffers = 1;
+  params->tile = params->rows_per_split;
+  if (overlaps || rows > largest_tile(*params, type, 1, shared_bytes)) {
+    buffers = 2;
+    const int64_t step = kThreads * kEntryStep >> params->lane_bits;
+    const int64_t fitting = std::min<int64_t>(largest, ceil_div(rows, 2));
+    const int64_t lookups = fitting * params->num_groups / step * step;
+    params->tile = static_cast<int32_t>(lookups > 0 ? lookups / params->num_groups : fitting);
+  }
+  params->tiles = static_cast<int32_t>(ceil_div(rows, params->tile));
+  params->layout = lay_out(*params, type, params->tile, buffers);
+  params->sort_warps = std::min(kWarps, params->layout.edges / (params->bins * 4));
 }
 
 template <typename scalar_t>
@@ -536,20 +609,26 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
   params.copy_bytes = static_cast<int32_t>(pack_bytes(args, call.tables[0]));
   const int64_t step = std::max<int64_t>(kQuad, params.copy_bytes / scalar_bytes(args.scalar_type));
   params.columns = static_cast<int32_t>(round_up(ceil_div(dim, slices), step));
-  int32_t tile = 0;
+  while (kQuad << params.lane_bits < params.columns) ++params.lane_bits;
+  const int64_t shared_bytes = device.properties.shared_bytes_per_block;
+  int32_t largest = 0;
   for (const int max_places : {kMaxJointPlaces, 1}) {
-    if (tile > 0) break;
+    if (largest > 0) break;
     set_groups(call, max_places, &params);
-    tile = largest_tile(params, args.scalar_type, device.properties.shared_bytes_per_block);
+    largest = largest_tile(params, args.scalar_type, 2, shared_bytes);
   }
-  if (tile == 0) return FE_INVALID_ARGUMENT;
+  if (largest == 0) return FE_INVALID_ARGUMENT;
   const int64_t most_splits =
       std::min({int64_t{plan.splits}, device.properties.num_sms / slices, ceil_div(args.num_rows, kMinShare)});
   params.rows_per_split = static_cast<int32_t>(ceil_div(args.num_rows, most_splits));
   const int64_t splits = ceil_div(args.num_rows, params.rows_per_split);
-  params.tile = static_cast<int32_t>(ceil_div(params.rows_per_split, ceil_div(params.rows_per_split, tile)));
-  params.layout = lay_out(params, args.scalar_type, params.tile);
-  const size_t needed = splits * slices * params.total_rows * params.columns * accumulator_bytes(args.scalar_type);
+  set_tiles(args.scalar_type, slices, largest, shared_bytes, &params);
+  const int64_t elements = int64_t{params.total_rows} * params.columns;
+  params.parts = 1;
+  while (params.parts < kMaxParts && params.parts * 2 * elements <= splits * kThreads) params.parts *= 2;
+  const int64_t partial_bytes = splits * slices * elements * accumulator_bytes(args.scalar_type);
+  const int64_t list_bytes = params.tiles > 1 ? splits * params.tiles * params.layout.list_bytes : 0;
+  const size_t needed = round_up(partial_bytes, 32) + list_bytes;
   if (workspace == nullptr) {
     *workspace_bytes = needed;
     return FE_OK;
@@ -565,6 +644,7 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
   set_input(args, &params);
   params.grad_weight = args.grad_weight;
   params.partials = workspace;
+  params.lists = static_cast<char*>(workspace) + round_up(partial_bytes, 32);
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(slices));
   return dispatch_scalar(args.scalar_type,
                          [&](auto scalar) { return launch<decltype(scalar)>(params, grid, device, stream); });
