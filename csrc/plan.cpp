@@ -39,16 +39,16 @@ constexpr double kPrivateColumnUs = 2.2e-6;
 constexpr double kGradientColumnUs = 1e-6;    // of a long row in TILE and SORT
 constexpr double kPrivateSumChunkUs = 12e-6;  // of a table's row in PRIVATE's form for sums, up to 64 columns
 constexpr double kPrivateLaunchUs = 9;
-constexpr double kPrivateSumLaunchUs = 2;  // more than TILE's, where no other tables run
+constexpr double kPrivateSumLaunchUs = 6;  // more than TILE's, where no other tables run
 constexpr double kMeasuredSms = 132;
 constexpr int kMinPrivateThreadsForMany = 512;
 constexpr int64_t kMaxPrivateNumelForMany = 16384;  // a block leaves as many sums
 // What PRIVATE for sums holds in shared memory: see lay_out() in backward_private_sum.cu.
 constexpr int64_t kPrivateSumColumns = 64;
-constexpr int64_t kPrivateSumRowBytes = 32;     // counters, beside the sums
 constexpr int64_t kPrivateSumLookups = 2 * 64;  // of two tiles at the least
 constexpr int64_t kPrivateSumEdges = 32 * 64;
-constexpr int64_t kPrivateSumListBytes = 9 << 10;
+constexpr int64_t kPrivateSumListBytes = 11 << 10;
+constexpr double kPrivateSumEntryBytes = 4;  // of a lookup, in scratch
 constexpr int64_t kMaxSumTables = 16;
 constexpr int kTileBlocksPerSm = 3;
 constexpr int kPartStep = 32;
@@ -156,8 +156,7 @@ class PrivateTables {
     const int64_t rows = rows_ + table.num_embeddings;
     const int64_t most_rows = std::max(most_rows_, table.num_embeddings);
     const int64_t numel = numel_ + table.num_embeddings * table.embedding_dim;
-    const bool fits = sums() ? count_ < kMaxSumTables &&
-                                   sum_bytes(rows, table.embedding_dim) <= device_.shared_bytes_per_block &&
+    const bool fits = sums() ? count_ < kMaxSumTables && sums_fit(rows, table.embedding_dim) &&
                                    table.embedding_dim <= kPrivateSumColumns * device_.num_sms
                              : numel <= kMaxPrivateNumelForMany && threads_for(most_rows) >= kMinPrivateThreadsForMany;
     if (!fits) return false;
@@ -174,12 +173,18 @@ class PrivateTables {
     const int64_t fitting = device_.shared_bytes_per_block / (rows * accumulator_bytes(args_.scalar_type) + 1);
     return std::min<int64_t>(fitting, kMaxPrivateThreads) / 32 * 32;
   }
-  int64_t sum_bytes(int64_t rows, int64_t dim) const {
+  // In shared memory, and in scratch a block's sums for each SM.
+  bool sums_fit(int64_t rows, int64_t dim) const {
     const int64_t columns = std::min(kPrivateSumColumns, (dim + 7) / 8 * 8);
     const int64_t accumulator = accumulator_bytes(args_.scalar_type);
-    return rows * (columns * accumulator + kPrivateSumRowBytes) +
-           kPrivateSumLookups * columns * scalar_bytes(args_.scalar_type) + kPrivateSumEdges * accumulator +
-           kPrivateSumListBytes;
+    const int64_t scalar = scalar_bytes(args_.scalar_type);
+    const int64_t sum_bytes = rows * columns * accumulator;
+    const double row_bytes = (kScratchBytesPerIndex - kPrivateSumEntryBytes) * static_cast<double>(count_ + 1) +
+                             kScratchShareOfGradient * static_cast<double>(dim * scalar);
+    return sum_bytes + kPrivateSumLookups * columns * scalar + kPrivateSumEdges * accumulator + kPrivateSumListBytes <=
+               device_.shared_bytes_per_block &&
+           static_cast<double>(sum_bytes * device_.num_sms) <=
+               kScratchBytes + row_bytes * static_cast<double>(args_.num_rows);
   }
 
   const FeBackwardArgs& args_;

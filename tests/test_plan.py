@@ -130,7 +130,9 @@ def test_small_tables_of_a_sum_are_taken_together(private_tables, scalar_type):
     chosen, plan = private_tables([(v, 300) for v in [*atoms, 5000]], 65536, scalar_type, combination=abi.SUM)
     assert chosen == [v <= 119 for v in [*atoms, 5000]]
     assert plan.splits == H200.num_sms
-    assert not any(private_tables([(v, 300) for v in atoms], 300, scalar_type, combination=abi.SUM)[0])
+    assert not any(private_tables([(v, 300) for v in atoms], 2048, scalar_type, combination=abi.SUM)[0])
+    # A block of each SM leaves its sums in scratch.
+    assert not all(private_tables([(80, 64)] * 9, 16384, scalar_type, combination=abi.SUM)[0])
     chosen, _ = private_tables([(2, 16)] * 20, 1 << 20, scalar_type, combination=abi.SUM)
     assert chosen == [True] * 16 + [False] * 4
 
