@@ -36,7 +36,7 @@ constexpr int kMinShare = 64;        // rows: a block must be worth the sums tha
 constexpr int kMaxJointPlaces = 64;  // more are too many runs, each of which costs as much as two lookups
 constexpr int kEntryStep = 8;        // a lane group's share of the list is a multiple of it
 constexpr int kRowUnit = 8;          // bytes: an entry says in 16 bits where a row of the tile begins
-constexpr int kNoPlace = 0xffff;
+constexpr uint32_t kNoPlace = 0xffff;
 constexpr int64_t kWholeTileBytes = 64 << 10;  // more are worth a second tile, so that copying and summing overlap
 constexpr int64_t kMinSumBytes = 2 << 10;      // counters for all warps where tables are tiny
 constexpr int kMaxParts = 8;
@@ -69,7 +69,7 @@ struct TableGroup {
 struct Layout {
   int32_t edges;    // [kThreads] parts of runs that began in another lane group's share
   int32_t goes_on;  // [kThreads]: whether a lane group's run goes on beyond its share
-  int32_t lists;    // of list_bytes: place << 16 | where the row is in the tile, group after group
+  int32_t lists;    // of list_bytes: where the row is in the tile << 16 | place, group after group
   int32_t list_bytes;
   int32_t tiles;  // of tile_bytes: [tile, columns] of the gradient
   int32_t tile_bytes;
@@ -176,10 +176,12 @@ __device__ inline void sort_lookups(const SumParams& params, const TableGroup& g
     int64_t wrong = 0;
 #pragma unroll
     for (int b = 0; b < kBatches; ++b, at += 32 * params.index_row_stride) {
+      if (b % kTogether == 0 && b * 32 >= rows) break;
       index[b] = b * 32 + lane < rows ? load_index(params.indices, params.index_type, at) : 0;
     }
 #pragma unroll
     for (int b = 0; b < kBatches; ++b) {
+      if (b % kTogether == 0 && b * 32 >= rows) break;
       const int64_t row = signed_index(index[b], params.index_type);
       if (!is_in_range(row, table.num_embeddings)) wrong = row;
       place[b] += static_cast<uint32_t>(row) * table.multiplier;
@@ -233,7 +235,7 @@ __device__ inline void sort_lookups(const SumParams& params, const TableGroup& g
   for (int b = 0; b < kBatches; ++b) {
     if (b * 32 + lane < rows) {
       const uint32_t at = place[b] & 0xffff;
-      list[counters[at] + (place[b] >> 16)] = (group.first_place + at) << 16 | (b * 32 + lane) * row_units;
+      list[counters[at] + (place[b] >> 16)] = (b * 32 + lane) * row_units << 16 | (group.first_place + at);
     }
   }
   __syncwarp();
@@ -259,7 +261,7 @@ __device__ inline void sort_tiles(const SumParams& params, int64_t first_row, in
     sort_lookups(params, params.group[g], row_units, first_row + begin, tile_rows, counters, list);
     // The last share's entries up to a whole step.
     const int lane = threadIdx.x % 32;
-    if (g == params.num_groups - 1 && lane < kEntryStep) list[tile_rows + lane] = uint32_t{kNoPlace} << 16;
+    if (g == params.num_groups - 1 && lane < kEntryStep) list[tile_rows + lane] = kNoPlace;
   }
 }
 
@@ -303,10 +305,12 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
   const int gradient = layout.tiles + buffer * layout.tile_bytes + column * static_cast<int>(sizeof(scalar_t));
   const uint32_t* list = reinterpret_cast<const uint32_t*>(shared + layout.lists + buffer * layout.list_bytes);
 
-  const int first = list[begin] >> 16;
-  const bool incoming = begin > 0 && list[begin - 1] >> 16 == list[begin] >> 16;
-  int current = first;
-  int to = incoming ? layout.edges + static_cast<int>(threadIdx.x * sizeof(open.sum)) : first * place_bytes + first_sum;
+  const auto place_of = [](uint32_t entry) { return entry & 0xffff; };
+  const auto sum_at = [&](uint32_t entry) { return static_cast<int>(place_of(entry)) * place_bytes + first_sum; };
+  const uint32_t first = list[begin];
+  const bool incoming = begin > 0 && place_of(list[begin - 1]) == place_of(first);
+  uint32_t current = first;
+  int to = incoming ? layout.edges + static_cast<int>(threadIdx.x * sizeof(open.sum)) : sum_at(first);
   Pack<sum_t, kQuad> sum{};
   for (int i = begin; i < end; i += kSteps) {
     uint32_t entry[kSteps];
@@ -321,28 +325,27 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
     }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      const int at = gradient + static_cast<int>(entry[k] & 0xffff) * kRowUnit;
+      const int at = gradient + static_cast<int>(entry[k] >> 16) * kRowUnit;
       value[k] = *reinterpret_cast<const Pack<scalar_t, kQuad>*>(shared + at);
     }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      const int place = entry[k] >> 16;
-      if (place != current) {
+      if (place_of(entry[k] ^ current) != 0) {
         if (owns) add_to(shared + to, sum);
-        to = place * place_bytes + first_sum;
+        to = sum_at(entry[k]);
         sum = {};
       }
-      current = place;
+      current = entry[k];
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) sum.value[j] += widen(value[k].value[j]);
     }
   }
-  const bool outgoing = end < length && static_cast<int>(list[end] >> 16) == current;
-  const bool through = outgoing && incoming && current == first;
+  const bool outgoing = end < length && place_of(list[end]) == place_of(current);
+  const bool through = outgoing && incoming && place_of(current) == place_of(first);
   if (lane == 0) (shared + layout.goes_on)[lane_group] = through;
   if (outgoing && !through) {
     open = {sum, to};
-  } else if (owns && current != kNoPlace) {
+  } else if (owns && place_of(current) != kNoPlace) {
     add_to(shared + to, sum);
   }
   return open;
