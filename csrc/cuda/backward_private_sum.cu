@@ -35,8 +35,8 @@ constexpr int kMinTile = 64;
 constexpr int kMinShare = 64;        // rows: a block must be worth the sums that it leaves
 constexpr int kMaxJointPlaces = 64;  // more are too many runs, each of which costs as much as two lookups
 constexpr int kEntryStep = 8;        // a lane group's share of the list is a multiple of it
-constexpr int kRowUnit = 8;          // bytes: an entry says in 16 bits where a row of the tile begins
-constexpr uint32_t kNoPlace = 0xffff;
+constexpr int kRowBits = 18;         // of an entry: a tile has at most 512 rows of 64 float64
+constexpr uint32_t kNoPlace = (1u << (32 - kRowBits)) - 1;
 constexpr int64_t kWholeTileBytes = 64 << 10;  // more are worth a second tile, so that copying and summing overlap
 constexpr int64_t kMinSumBytes = 2 << 10;      // counters for all warps where tables are tiny
 constexpr int kMaxParts = 8;
@@ -69,7 +69,7 @@ struct TableGroup {
 struct Layout {
   int32_t edges;    // [kThreads] parts of runs that began in another lane group's share
   int32_t goes_on;  // [kThreads]: whether a lane group's run goes on beyond its share
-  int32_t lists;    // of list_bytes: where the row is in the tile << 16 | place, group after group
+  int32_t lists;    // of list_bytes: place << kRowBits | where the row is in the tile, group after group
   int32_t list_bytes;
   int32_t tiles;  // of tile_bytes: [tile, columns] of the gradient
   int32_t tile_bytes;
@@ -162,7 +162,7 @@ __device__ inline void copy_list(const SumParams& params, int tile, int rows, ch
 
 // Step 1: a warp sorts one group's lookups of a tile by place, by counting. Loads and ballots of the batches of 32 rows
 // do not wait for each other.
-__device__ inline void sort_lookups(const SumParams& params, const TableGroup& group, int row_units, int64_t first_row,
+__device__ inline void sort_lookups(const SumParams& params, const TableGroup& group, int row_bytes, int64_t first_row,
                                     int rows, uint32_t* counters, uint32_t* list) {
   constexpr int kBatches = kMaxTile / 32;
   constexpr int kTogether = kBatches / 2;
@@ -235,7 +235,7 @@ __device__ inline void sort_lookups(const SumParams& params, const TableGroup& g
   for (int b = 0; b < kBatches; ++b) {
     if (b * 32 + lane < rows) {
       const uint32_t at = place[b] & 0xffff;
-      list[counters[at] + (place[b] >> 16)] = (b * 32 + lane) * row_units << 16 | (group.first_place + at);
+      list[counters[at] + (place[b] >> 16)] = (group.first_place + at) << kRowBits | (b * 32 + lane) * row_bytes;
     }
   }
   __syncwarp();
@@ -247,7 +247,7 @@ __device__ inline void sort_tiles(const SumParams& params, int64_t first_row, in
   const bool shares = params.tiles > 1;
   const int blocks = shares ? gridDim.y : 1;
   const int warp = threadIdx.x / 32;
-  const int row_units = params.columns * static_cast<int>(sizeof(scalar_t)) / kRowUnit;
+  const int row_bytes = params.columns * static_cast<int>(sizeof(scalar_t));
   const int jobs = (rows + params.tile - 1) / params.tile * params.num_groups;
   if (warp >= params.sort_warps) return;
   uint32_t* counters = reinterpret_cast<uint32_t*>(shared) + warp * params.bins;
@@ -258,10 +258,10 @@ __device__ inline void sort_tiles(const SumParams& params, int64_t first_row, in
     const int tile_rows = min(rows - begin, params.tile);
     auto* list = reinterpret_cast<uint32_t*>(shares ? list_in_scratch(params, tile) : shared + params.layout.lists);
     list += g * tile_rows;
-    sort_lookups(params, params.group[g], row_units, first_row + begin, tile_rows, counters, list);
+    sort_lookups(params, params.group[g], row_bytes, first_row + begin, tile_rows, counters, list);
     // The last share's entries up to a whole step.
     const int lane = threadIdx.x % 32;
-    if (g == params.num_groups - 1 && lane < kEntryStep) list[tile_rows + lane] = kNoPlace;
+    if (g == params.num_groups - 1 && lane < kEntryStep) list[tile_rows + lane] = kNoPlace << kRowBits;
   }
 }
 
@@ -305,7 +305,7 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
   const int gradient = layout.tiles + buffer * layout.tile_bytes + column * static_cast<int>(sizeof(scalar_t));
   const uint32_t* list = reinterpret_cast<const uint32_t*>(shared + layout.lists + buffer * layout.list_bytes);
 
-  const auto place_of = [](uint32_t entry) { return entry & 0xffff; };
+  const auto place_of = [](uint32_t entry) { return entry >> kRowBits; };
   const auto sum_at = [&](uint32_t entry) { return static_cast<int>(place_of(entry)) * place_bytes + first_sum; };
   const uint32_t first = list[begin];
   const bool incoming = begin > 0 && place_of(list[begin - 1]) == place_of(first);
@@ -325,12 +325,12 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
     }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      const int at = gradient + static_cast<int>(entry[k] >> 16) * kRowUnit;
+      const int at = gradient + static_cast<int>(entry[k] & ((1u << kRowBits) - 1));
       value[k] = *reinterpret_cast<const Pack<scalar_t, kQuad>*>(shared + at);
     }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      if (place_of(entry[k] ^ current) != 0) {
+      if (place_of(entry[k]) != place_of(current)) {
         if (owns) add_to(shared + to, sum);
         to = sum_at(entry[k]);
         sum = {};
