@@ -43,7 +43,7 @@ constexpr double kPrivateSumLaunchUs = 6;  // more than TILE's, where no other t
 constexpr double kMeasuredSms = 132;
 constexpr int kMinPrivateThreadsForMany = 512;
 constexpr int64_t kMaxPrivateNumelForMany = 16384;  // a block leaves as many sums
-// What PRIVATE for sums holds in shared memory: see lay_out() in backward_private_sum.cu.
+// What PRIVATE for sums holds in shared memory: see lay_out() in private_sum.cuh.
 constexpr int64_t kPrivateSumColumns = 64;
 constexpr int64_t kPrivateSumLookups = 2 * 64;  // of two tiles at the least
 constexpr int64_t kPrivateSumEdges = 32 * 64;
