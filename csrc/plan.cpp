@@ -37,14 +37,18 @@ constexpr double kTileLookupUs = 42e-6;
 constexpr double kSortLookupUs = 85e-6;
 constexpr double kPrivateColumnUs = 2.2e-6;
 constexpr double kGradientColumnUs = 1e-6;    // of a long row in TILE and SORT
-constexpr double kPrivateSumChunkUs = 25e-6;  // of a table's row in PRIVATE's form for sums, up to 64 columns
+constexpr double kPrivateSumChunkUs = 12e-6;  // of a table's row in PRIVATE's form for sums, up to 64 columns
 constexpr double kPrivateLaunchUs = 9;
+constexpr double kPrivateSumLaunchUs = 16;
 constexpr double kMeasuredSms = 132;
 constexpr int kMinPrivateThreadsForMany = 512;
 constexpr int64_t kMaxPrivateNumelForMany = 16384;  // a block leaves as many sums
-constexpr int kPrivateSumCopies = 4;
-constexpr int kPrivateSumColumns = 64;
-constexpr int64_t kPrivateSumPlaceBytes = 2048;
+// What PRIVATE for sums holds in shared memory: see lay_out() in private_sum.cuh.
+constexpr int64_t kPrivateSumColumns = 64;
+constexpr int64_t kPrivateSumLookups = 2 * 64;  // of two tiles at the least
+constexpr int64_t kPrivateSumEdges = 32 * 64;
+constexpr int64_t kPrivateSumListBytes = 11 << 10;
+constexpr double kPrivateSumEntryBytes = 4;  // of a lookup, in scratch
 constexpr int64_t kMaxSumTables = 16;
 constexpr int kTileBlocksPerSm = 3;
 constexpr int kPartStep = 32;
@@ -168,7 +172,7 @@ class PrivateTables {
   PrivateTables(const FeBackwardArgs& args, const FeDevice& device) : args_(args), device_(device) {}
 
   int64_t count() const { return count_; }
-  int32_t threads() const { return sums() ? kPrivateSumCopies * 32 : static_cast<int32_t>(threads_for(most_rows_)); }
+  int32_t threads() const { return sums() ? 0 : static_cast<int32_t>(threads_for(most_rows_)); }
 
   // Microseconds a lookup.
   double saves(const FeTable& table) const {
@@ -184,7 +188,7 @@ class PrivateTables {
     const int64_t rows = rows_ + table.num_embeddings;
     const int64_t most_rows = std::max(most_rows_, table.num_embeddings);
     const int64_t numel = numel_ + table.num_embeddings * table.embedding_dim;
-    const bool fits = sums() ? count_ < kMaxSumTables && sum_bytes(rows) <= device_.shared_bytes_per_block &&
+    const bool fits = sums() ? count_ < kMaxSumTables && sums_fit(rows, table.embedding_dim) &&
                                    table.embedding_dim <= kPrivateSumColumns * device_.num_sms
                              : numel <= kMaxPrivateNumelForMany && threads_for(most_rows) >= kMinPrivateThreadsForMany;
     if (!fits) return false;
@@ -201,10 +205,18 @@ class PrivateTables {
     const int64_t fitting = device_.shared_bytes_per_block / (rows * accumulator_bytes(args_.scalar_type) + 1);
     return std::min<int64_t>(fitting, kMaxPrivateThreads) / 32 * 32;
   }
-  // Of copies of all tables, with a row to spare in each, and of a batch's places.
-  int64_t sum_bytes(int64_t rows) const {
-    const int64_t copy_bytes = (rows + 1) * kPrivateSumColumns * accumulator_bytes(args_.scalar_type);
-    return kPrivateSumCopies * (copy_bytes + kPrivateSumPlaceBytes);
+  // In shared memory, and in scratch a block's sums for each SM.
+  bool sums_fit(int64_t rows, int64_t dim) const {
+    const int64_t columns = std::min(kPrivateSumColumns, (dim + 7) / 8 * 8);
+    const int64_t accumulator = accumulator_bytes(args_.scalar_type);
+    const int64_t scalar = scalar_bytes(args_.scalar_type);
+    const int64_t sum_bytes = rows * columns * accumulator;
+    const double row_bytes = (kScratchBytesPerIndex - kPrivateSumEntryBytes) * static_cast<double>(count_ + 1) +
+                             kScratchShareOfGradient * static_cast<double>(dim * scalar);
+    return sum_bytes + kPrivateSumLookups * columns * scalar + kPrivateSumEdges * accumulator + kPrivateSumListBytes <=
+               device_.shared_bytes_per_block &&
+           static_cast<double>(sum_bytes * device_.num_sms) <=
+               kScratchBytes + row_bytes * static_cast<double>(args_.num_rows);
   }
 
   const FeBackwardArgs& args_;
@@ -260,7 +272,7 @@ extern "C" FeStatus fe_plan_private_tables(const FeBackwardArgs* args, const FeD
     saved += saves;
   }
   const bool for_sort = tables.count() == args->num_tables && args->deterministic;
-  const double launch = for_sort ? 0 : kPrivateLaunchUs;
+  const double launch = for_sort ? 0 : args->combination == FE_SUM ? kPrivateSumLaunchUs : kPrivateLaunchUs;
   if (tables.count() == 0 || saved * static_cast<double>(args->num_rows) * kMeasuredSms / device->num_sms < launch) {
     std::fill(chosen, chosen + args->num_tables, uint8_t{0});
     return FE_OK;

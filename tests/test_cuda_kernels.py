@@ -267,9 +267,9 @@ def plans_for(problem, library, deterministic=False):
     rows = max(rows for rows, _ in problem.sizes)
     if problem.combination == abi.SUM:
         rows = sum(rows for rows, _ in problem.sizes)
-        fitting = [copies for copies in (1, 4, 12) if copies * (64 * width * (rows + 1) + 2048) <= shared_bytes]
-        if len(problem.sizes) <= 16:
-            plans += [abi.Plan(abi.PRIVATE, threads=32 * c, splits=splits) for c in fitting for splits in (1, 132)]
+        least_bytes = rows * (64 * width + 32) + 2 * 64 * 64 * problem.dtype.itemsize + 2048 * width + 9216
+        if len(problem.sizes) <= 16 and least_bytes <= shared_bytes:
+            plans += [abi.Plan(abi.PRIVATE, splits=splits) for splits in (1, 7, 132)]
     elif rows <= 200:
         threads = min(1024, shared_bytes // (rows * width + 1)) // 32 * 32
         if threads:
@@ -542,7 +542,7 @@ def test_small_tables_of_a_sum_read_the_gradient_once(library, dtype):
     few = summed([119, 5, 12, 12, 10, 6, 6, 2, 2], 300)
     for sizes in (few, [few[0], (5000, 300), *few[1:]]):
         chosen = private_tables(library, sizes, 30_000, dtype, False, abi.SUM)
-        assert [rows <= (12 if dtype == torch.float64 else 119) for rows, _ in sizes] == chosen
+        assert [rows <= 119 for rows, _ in sizes] == chosen
         for distribution, index_dtype, padding, offset in CASES:
             problem = Problem(sizes, 30_000, dtype, index_dtype, distribution, padding, offset, abi.SUM)
             assert_gradient(problem, problem.backward(library))

@@ -163,11 +163,12 @@ def test_reproducible_small_tables_need_no_sort(private_tables):
 @pytest.mark.parametrize("scalar_type", range(4))
 def test_small_tables_of_a_sum_are_taken_together(private_tables, scalar_type):
     atoms = [119, 5, 12, 12, 10, 6, 6, 2, 2]
-    wide = scalar_type == abi.FLOAT64
     chosen, plan = private_tables([(v, 300) for v in [*atoms, 5000]], 65536, scalar_type, combination=abi.SUM)
-    assert chosen == [v <= (12 if wide else 119) for v in [*atoms, 5000]]
-    assert plan.threads == 128
-    assert not any(private_tables([(v, 300) for v in atoms], 300, scalar_type, combination=abi.SUM)[0])
+    assert chosen == [v <= 119 for v in [*atoms, 5000]]
+    assert plan.splits == H200.num_sms
+    assert not any(private_tables([(v, 300) for v in atoms], 4096, scalar_type, combination=abi.SUM)[0])
+    # A block of each SM leaves its sums in scratch.
+    assert not all(private_tables([(80, 64)] * 9, 16384, scalar_type, combination=abi.SUM)[0])
     chosen, _ = private_tables([(2, 16)] * 20, 1 << 20, scalar_type, combination=abi.SUM)
     assert chosen == [True] * 16 + [False] * 4
 

@@ -1,276 +1,394 @@
 // PRIVATE for small tables whose embeddings were added: their gradients come from the same rows, so each is read once.
-// A warp has a copy of all tables' sums in shared memory, kColumns columns of it, and takes a batch of rows at a time:
+// A block has up to kMaxColumns columns of all tables' sums in shared memory and a share of the rows:
 //
-//   1. each lane turns the indices of one row into places in the copy;
-//   2. the warp adds the gradient's rows, one after the other, to the places of each. A thread owns two columns, so
-//      there are no atomics and no conflicts. The next batch's rows are under way meanwhile;
-//   3. the copies of a block are summed; after a grid-wide barrier all threads sum the blocks' sums, in order.
+//   1. warps sort the lookups of a tile of rows by row of the table, each those of one group of tables; where blocks
+//      have columns of the same rows they sort each its part, leave the lists in scratch and wait for the others;
+//   2. tile by tile, the next being copied into shared memory meanwhile, lane groups take equal shares of the list,
+//      whatever the indices, add what belongs to a row in registers, and then to the row's sum. A run over several
+//      shares is put together by the lane group in which it begins, so a sum has one owner at a time;
+//   3. after a grid-wide barrier all threads sum the blocks' sums, in order.
 //
-// What bounds it is shared memory: a read and a write for each table and element. So small tables are first taken
-// together: one place for each pair of rows of two tables, whose sums are told apart in step 3. Nine tables of 2 to 119
-// rows need six accesses instead of nine, at 211 places instead of 176.
+// What bounds it is shared memory: each element is read once for each table. So small tables are first taken together:
+// one place for each pair of rows of two tables, whose sums are told apart in step 3. Nine tables of 2 to 119 rows need
+// five reads instead of nine, at 293 places instead of 176.
 //
 // Each sum has a fixed order, so the result is reproducible, and 16-bit gradients round once.
 #include <cooperative_groups.h>
+#include <cuda_pipeline_primitives.h>
 
-#include <algorithm>
-
+#include "block.cuh"
 #include "private.cuh"
+#include "private_sum.cuh"
 
 namespace fast_embedding {
 namespace {
 
-constexpr int kThreads = 384;                         // warps without a copy help to sum the copies and the splits
-constexpr int kColumns = 64;                          // of a block: two a thread
-constexpr int kBatch = 32;                            // rows: one a lane
-constexpr int kMaxTables = 16;                        // and accesses for a row, all under way at once
-constexpr int kIndexLoads = 8;                        // in flight in a lane
-constexpr int kPlaceBytes = kBatch * kMaxTables * 4;  // of a warp's batch
-
-// Rows of the gradient in flight in a warp.
+// Rows of the gradient under way in a thread.
 template <typename scalar_t>
-constexpr int kUnroll = sizeof(scalar_t) == 8 ? 8 : 32;
+constexpr int kUnroll = sizeof(scalar_t) == 8 ? 4 : kEntryStep;
 
-// Tables whose places are those of the pairs (triples, ...) of their rows stand one after the other.
-struct SumTable {
-  int64_t weight_offset;
-  int32_t num_embeddings;
-  int32_t padding_idx;
-  int32_t index_column;
-  int32_t gap;         // elements of grad_weight behind the table that are no table's
-  int32_t multiplier;  // from a row to the next among the group's places
-  int32_t group_place;
-  int32_t group_places;
-  int32_t access;  // of a gradient row; -1 but for the last table of a group
-};
-
-struct SumParams {
-  int32_t first_row[kMaxTables];  // rows of the tables before
-  SumTable table[kMaxTables];
-  int32_t num_tables;
-  int32_t total_rows;  // of all tables
-  int32_t places;      // in a copy; one more, behind them, takes what is not to be added
-  int32_t copies;
-  int32_t embedding_dim;
-  int32_t columns;  // of a block, up to kColumns
-  int32_t num_rows;
-  FeIndexType index_type;
-  const void* indices;
-  int64_t index_row_stride;
-  int64_t index_table_stride;
-  const void* grad_output;
-  int64_t grad_output_stride;
-  void* grad_weight;
-  void* partials;  // [splits, total_rows, embedding_dim] accumulators
-};
-
-// Where a row's accesses go: byte offsets in a copy.
-template <int kAccesses>
-struct alignas(16) Places {
-  int32_t offset[(kAccesses + 3) / 4 * 4];
-};
-
-// Step 1: this lane's row.
-template <typename sum_t, int kAccesses>
-__device__ inline void find_places(const SumParams& params, int64_t row, Places<kAccesses>* places) {
-  constexpr int kPlaceStep = kColumns * sizeof(sum_t);
-#pragma unroll
-  for (int access = 0; access < kAccesses; ++access) places->offset[access] = params.places * kPlaceStep;
-  if (row >= params.num_rows) return;
-  int place = 0;
-  for (int first = 0; first < params.num_tables; first += kIndexLoads) {
-    int64_t index[kIndexLoads];
-#pragma unroll
-    for (int k = 0; k < kIndexLoads; ++k) {
-      if (first + k < params.num_tables) {
-        index[k] = load_index(
-            params.indices, params.index_type,
-            row * params.index_row_stride + params.table[first + k].index_column * params.index_table_stride);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kIndexLoads; ++k) {
-      if (first + k >= params.num_tables) break;
-      const SumTable& table = params.table[first + k];
-      const int64_t at = signed_index(index[k], params.index_type);
-      check_index(at, table.num_embeddings);
-      place += static_cast<int>(at) * table.multiplier;
-      if (table.access >= 0) {
-        places->offset[table.access] = (table.group_place + place) * kPlaceStep;
-        place = 0;
-      }
-    }
-  }
-}
-
-// The next batch's indices are asked for while this one's rows are added.
-__device__ inline void prefetch_indices(const SumParams& params, int64_t row) {
-  if (row >= params.num_rows) return;
-  const int64_t bytes = params.index_type == FE_INT64 ? 8 : 4;
-  for (const int t : {0, params.num_tables - 1}) {
-    const char* address =
-        static_cast<const char*>(params.indices) +
-        (row * params.index_row_stride + params.table[t].index_column * params.index_table_stride) * bytes;
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
-  }
-}
-
-// Step 2, one row: all reads, then all writes, which the compiler would not dare. A row's places are distinct, but for
-// the one that takes what is not to be added.
-template <typename sum_t, int kAccesses>
-__device__ inline void add_row(char* copy, const Places<kAccesses>& places, const sum_t (&addend)[2]) {
-  sum_t sum[kAccesses][2];
-#pragma unroll
-  for (int m = 0; m < kAccesses; ++m) {
-    const sum_t* at = reinterpret_cast<const sum_t*>(copy + places.offset[m]);
-    sum[m][0] = at[0];
-    sum[m][1] = at[32];
-  }
-#pragma unroll
-  for (int m = 0; m < kAccesses; ++m) {
-    sum_t* at = reinterpret_cast<sum_t*>(copy + places.offset[m]);
-    at[0] = sum[m][0] + addend[0];
-    at[32] = sum[m][1] + addend[1];
-  }
-}
-
-// Steps 1 and 2. Loads are unconditional, or the compiler puts them all behind the additions that they should overlap:
-// behind the last row and column the last is read again, and added to where nobody looks.
-template <typename scalar_t, int kAccesses>
-__device__ inline void accumulate(const SumParams& params, acc_t<scalar_t>* copy, Places<kAccesses>* places,
-                                  int64_t first_row, int64_t row_step) {
-  using sum_t = acc_t<scalar_t>;
-  constexpr int kRows = kUnroll<scalar_t>;
-  const int lane = threadIdx.x % 32;
-  const int first_column = blockIdx.y * params.columns + lane;
-  const int last_column = min((blockIdx.y + 1) * params.columns, params.embedding_dim) - 1;
-  const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + min(first_column, last_column);
-  const int second = min(first_column + 32, last_column) - min(first_column, last_column);
-  char* lane_copy = reinterpret_cast<char*>(copy + lane);
-
-  scalar_t value[kRows][2];
-  const scalar_t* address = nullptr;
-  int behind = 0;  // rows that follow the one at `address`
-  const auto go_to = [&](int64_t row) {
-    const int64_t last_row = params.num_rows - 1;
-    address = grad + min(row, last_row) * params.grad_output_stride;
-    behind = static_cast<int>(max(int64_t{0}, last_row - row));
-  };
-  const auto load = [&](int k) {
-    value[k][0] = load_once<1>(address).value[0];
-    value[k][1] = load_once<1>(address + second).value[0];
-    address += k < behind ? params.grad_output_stride : 0;
-  };
-  go_to(first_row);
-#pragma unroll
-  for (int k = 0; k < kRows; ++k) load(k);
-  for (int64_t batch = first_row; batch < params.num_rows; batch += row_step) {
-    find_places<sum_t>(params, batch + lane, places + lane);
-    __syncwarp();
-    prefetch_indices(params, batch + row_step + lane);
-#pragma unroll 1
-    for (int begin = 0; begin < kBatch; begin += kRows) {
-      go_to(begin + kRows < kBatch ? batch + begin + kRows : batch + row_step);
-      Places<kAccesses> next = places[begin];
-#pragma unroll
-      for (int k = 0; k < kRows; ++k) {
-        const Places<kAccesses> current = next;
-        if (k + 1 < kRows) next = places[begin + k + 1];
-        const sum_t addend[2] = {widen(value[k][0]), widen(value[k][1])};
-        load(k);
-        add_row(lane_copy, current, addend);
-      }
-    }
-    __syncwarp();
-  }
-}
-
-// Step 3, in a block: a warp sums one row of a table at a time.
-template <typename scalar_t>
-__device__ inline void sum_copies(const SumParams& params, const acc_t<scalar_t>* copies) {
-  using sum_t = acc_t<scalar_t>;
-  const int lane = threadIdx.x % 32;
+// The block's columns of a tile. [row of the tile, bytes], asked for and not waited for, but for single 16-bit
+// elements, which no asynchronous copy takes.
+template <typename scalar_t, int kBytes>
+__device__ inline void copy_rows(const SumParams& params, const scalar_t* grad, int rows, char* tile) {
+  constexpr int kRowStep = kThreads / kLanes;
   const int first_column = blockIdx.y * params.columns;
-  const int end_column = min(first_column + params.columns, params.embedding_dim);
-  const int copy_size = (params.places + 1) * kColumns;
-  for (int row = threadIdx.x / 32; row < params.total_rows; row += kThreads / 32) {
+  const int width = min(params.columns, params.embedding_dim - first_column) * static_cast<int>(sizeof(scalar_t));
+  const int pitch = params.columns * static_cast<int>(sizeof(scalar_t));
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const char* source = reinterpret_cast<const char*>(grad + first_column);
+  const int64_t stride = params.grad_output_stride * static_cast<int64_t>(sizeof(scalar_t));
+#pragma unroll 4
+  for (int row = threadIdx.x / kLanes; row < rows; row += kRowStep) {
+    if constexpr (kBytes >= 4) {
+#pragma unroll 1
+      for (int at = lane * kBytes; at < width; at += kLanes * kBytes) {
+        __pipeline_memcpy_async(tile + row * pitch + at, source + row * stride + at, kBytes);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) {
+        // Threads behind the last column repeat it: a branch would make each load wait for the one before.
+        const int at = min((lane + k * kLanes) * kBytes, width - kBytes);
+        *reinterpret_cast<unsigned short*>(tile + row * pitch + at) =
+            __ldg(reinterpret_cast<const unsigned short*>(source + row * stride + at));
+      }
+    }
+  }
+}
+
+template <typename scalar_t>
+__device__ inline void copy_tile(const SumParams& params, int64_t first_row, int rows, char* tile) {
+  const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + first_row * params.grad_output_stride;
+  if (params.copy_bytes == 16) {
+    copy_rows<scalar_t, 16>(params, grad, rows, tile);
+  } else if (params.copy_bytes == 8) {
+    copy_rows<scalar_t, 8>(params, grad, rows, tile);
+  } else {
+    copy_rows<scalar_t, sizeof(scalar_t)>(params, grad, rows, tile);
+  }
+}
+
+__device__ inline char* list_in_scratch(const SumParams& params, int tile) {
+  return params.lists + (static_cast<int64_t>(blockIdx.x) * params.tiles + tile) * params.layout.list_bytes;
+}
+
+// Of a tile that has been sorted into scratch.
+__device__ inline void copy_list(const SumParams& params, int tile, int rows, char* list) {
+  const char* source = list_in_scratch(params, tile);
+  const int bytes = (params.num_groups * rows + kEntryStep) * 4;
+  for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) __pipeline_memcpy_async(list + at, source + at, 16);
+}
+
+// Step 1: a warp sorts one group's lookups of a tile by place, by counting. Loads and ballots of the batches of 32 rows
+// do not wait for each other.
+__device__ inline void sort_lookups(const SumParams& params, const TableGroup& group, int row_bytes, int64_t first_row,
+                                    int rows, uint32_t* counters, uint32_t* list) {
+  constexpr int kBatches = kMaxTile / 32;
+  constexpr int kTogether = kBatches / 2;
+  const int lane = threadIdx.x % 32;
+  uint32_t place[kBatches] = {};
+#pragma unroll 1
+  for (int t = group.first_table; t < group.first_table + group.num_tables; ++t) {
+    const SumTable& table = params.table[t];
+    int64_t at = (first_row + lane) * params.index_row_stride + table.index_column * params.index_table_stride;
+    int64_t index[kBatches];
+    int64_t wrong = 0;
+#pragma unroll
+    for (int b = 0; b < kBatches; ++b, at += 32 * params.index_row_stride) {
+      if (b % kTogether == 0 && b * 32 >= rows) break;
+      index[b] = b * 32 + lane < rows ? load_index(params.indices, params.index_type, at) : 0;
+    }
+#pragma unroll
+    for (int b = 0; b < kBatches; ++b) {
+      if (b % kTogether == 0 && b * 32 >= rows) break;
+      const int64_t row = signed_index(index[b], params.index_type);
+      if (!is_in_range(row, table.num_embeddings)) wrong = row;
+      place[b] += static_cast<uint32_t>(row) * table.multiplier;
+    }
+    check_index(wrong, table.num_embeddings);
+  }
+  for (int bin = lane; bin < params.bins; bin += 32) counters[bin] = 0;
+  __syncwarp();
+  // Each lookup's rank among those of its place goes into the place's high half.
+#pragma unroll
+  for (int first = 0; first < kBatches; first += kTogether) {
+    if (first * 32 >= rows) break;
+    unsigned peers[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) peers[k] = __ballot_sync(kFullWarp, (first + k) * 32 + lane < rows);
+#pragma unroll 1
+    for (int bit = 0; bit < group.bits; ++bit) {
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        const bool set = place[first + k] >> bit & 1;
+        const unsigned vote = __ballot_sync(kFullWarp, set);
+        peers[k] &= set ? vote : ~vote;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const int b = first + k;
+      const uint32_t lower = __popc(peers[k] & ((1u << lane) - 1));
+      const uint32_t before = counters[place[b]];
+      __syncwarp();
+      if (b * 32 + lane < rows && lower == 0) counters[place[b]] = before + __popc(peers[k]);
+      __syncwarp();
+      place[b] |= (before + lower) << 16;
+    }
+  }
+  uint32_t total = 0;
+#pragma unroll 1
+  for (int first = 0; first < group.places; first += 32) {
+    const uint32_t count = counters[first + lane];
+    const uint32_t inclusive = scan_lanes(count, lane);
+    counters[first + lane] = total + inclusive - count;
+    total += __shfl_sync(kFullWarp, inclusive, 31);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int b = 0; b < kBatches; ++b) {
+    if (b * 32 + lane < rows) {
+      const uint32_t at = place[b] & 0xffff;
+      list[counters[at] + (place[b] >> 16)] = (group.first_place + at) << kRowBits | (b * 32 + lane) * row_bytes;
+    }
+  }
+  __syncwarp();
+}
+
+// Step 1. The blocks of the same rows share the work, unless there is one tile alone: its list is not worth a barrier.
+template <typename scalar_t>
+__device__ inline void sort_tiles(const SumParams& params, int64_t first_row, int rows, char* shared) {
+  const bool shares = params.tiles > 1;
+  const int blocks = shares ? gridDim.y : 1;
+  const int warp = threadIdx.x / 32;
+  const int row_bytes = params.columns * static_cast<int>(sizeof(scalar_t));
+  const int jobs = (rows + params.tile - 1) / params.tile * params.num_groups;
+  if (warp >= params.sort_warps) return;
+  uint32_t* counters = reinterpret_cast<uint32_t*>(shared) + warp * params.bins;
+  for (int job = warp * blocks + (shares ? blockIdx.y : 0); job < jobs; job += params.sort_warps * blocks) {
+    const int tile = job / params.num_groups;
+    const int g = job - tile * params.num_groups;
+    const int begin = tile * params.tile;
+    const int tile_rows = min(rows - begin, params.tile);
+    auto* list = reinterpret_cast<uint32_t*>(shares ? list_in_scratch(params, tile) : shared + params.layout.lists);
+    list += g * tile_rows;
+    sort_lookups(params, params.group[g], row_bytes, first_row + begin, tile_rows, counters, list);
+    // The last share's entries up to a whole step.
+    const int lane = threadIdx.x % 32;
+    if (g == params.num_groups - 1 && lane < kEntryStep) list[tile_rows + lane] = kNoPlace << kRowBits;
+  }
+}
+
+template <typename sum_t>
+__device__ inline void add_to(char* address, const Pack<sum_t, kQuad>& addend) {
+  auto* const at = reinterpret_cast<Pack<sum_t, kQuad>*>(address);
+  Pack<sum_t, kQuad> sum = *at;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) sum.value[j] += addend.value[j];
+  *at = sum;
+}
+
+// A run that goes on beyond the share of the lane group in which it began, and where its sum is in shared memory.
+template <typename sum_t>
+struct OpenRun {
+  Pack<sum_t, kQuad> sum;
+  int to = -1;
+};
+
+// Step 2. Addresses are offsets in shared memory, or they would be of 64 bits.
+template <typename scalar_t>
+__device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int rows, int buffer, char* shared) {
+  using sum_t = acc_t<scalar_t>;
+  constexpr int kSteps = kUnroll<scalar_t>;
+  const Layout& layout = params.layout;
+  OpenRun<sum_t> open;
+  const int length = params.num_groups * rows;
+  const int lane_group = static_cast<int>(threadIdx.x) >> params.lane_bits;
+  const int lane = static_cast<int>(threadIdx.x) - (lane_group << params.lane_bits);
+  const int step = kThreads * kEntryStep >> params.lane_bits;
+  const int share = small_quotient(length + step - 1, step) * kEntryStep;
+  const int begin = lane_group * share;
+  if (begin >= length) return open;
+  const int end = min(begin + share, length);
+
+  // Threads behind the last column repeat the last thread's, and must not write.
+  const int column = min(lane * kQuad, params.columns - kQuad);
+  const bool owns = lane * kQuad == column;
+  const int place_bytes = params.columns * static_cast<int>(sizeof(sum_t));
+  const int first_sum = column * static_cast<int>(sizeof(sum_t));
+  const int gradient = layout.tiles + buffer * layout.tile_bytes + column * static_cast<int>(sizeof(scalar_t));
+  const uint32_t* list = reinterpret_cast<const uint32_t*>(shared + layout.lists + buffer * layout.list_bytes);
+
+  const auto place_of = [](uint32_t entry) { return entry >> kRowBits; };
+  const auto sum_at = [&](uint32_t entry) { return static_cast<int>(place_of(entry)) * place_bytes + first_sum; };
+  const uint32_t first = list[begin];
+  const bool incoming = begin > 0 && place_of(list[begin - 1]) == place_of(first);
+  uint32_t current = first;
+  int to = incoming ? layout.edges + static_cast<int>(threadIdx.x * sizeof(open.sum)) : sum_at(first);
+  Pack<sum_t, kQuad> sum{};
+  for (int i = begin; i < end; i += kSteps) {
+    uint32_t entry[kSteps];
+    Pack<scalar_t, kQuad> value[kSteps];
+#pragma unroll
+    for (int k = 0; k < kSteps; k += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(list + i + k);
+      entry[k] = four.x;
+      entry[k + 1] = four.y;
+      entry[k + 2] = four.z;
+      entry[k + 3] = four.w;
+    }
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const int at = gradient + static_cast<int>(entry[k] & ((1u << kRowBits) - 1));
+      value[k] = *reinterpret_cast<const Pack<scalar_t, kQuad>*>(shared + at);
+    }
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      if (place_of(entry[k]) != place_of(current)) {
+        if (owns) add_to(shared + to, sum);
+        to = sum_at(entry[k]);
+        sum = {};
+      }
+      current = entry[k];
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) sum.value[j] += widen(value[k].value[j]);
+    }
+  }
+  const bool outgoing = end < length && place_of(list[end]) == place_of(current);
+  const bool through = outgoing && incoming && place_of(current) == place_of(first);
+  if (lane == 0) (shared + layout.goes_on)[lane_group] = through;
+  if (outgoing && !through) {
+    open = {sum, to};
+  } else if (owns && place_of(current) != kNoPlace) {
+    add_to(shared + to, sum);
+  }
+  return open;
+}
+
+// Step 2, the end, behind a barrier. A run is of one tile and group, so its chain of parts is short. Edges are left
+// cleared for the next tile.
+template <typename sum_t>
+__device__ inline void close_run(const SumParams& params, OpenRun<sum_t> open, char* shared) {
+  const int lane_group = threadIdx.x >> params.lane_bits;
+  const int lanes = 1 << params.lane_bits;
+  if (open.to < 0 || static_cast<int>(threadIdx.x) % lanes * kQuad >= params.columns) return;
+  auto* edge = reinterpret_cast<Pack<sum_t, kQuad>*>(shared + params.layout.edges) + threadIdx.x;
+  const char* goes_on = shared + params.layout.goes_on + lane_group;
+  do {
+    edge += lanes;
+    ++goes_on;
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) open.sum.value[j] += edge->value[j];
+    *edge = Pack<sum_t, kQuad>{};
+  } while (*goes_on);
+  add_to(shared + open.to, open.sum);
+}
+
+// Step 3, in a block: the rows' sums from those of their places.
+template <typename scalar_t>
+__device__ inline void sum_places(const SumParams& params, const char* shared) {
+  using sum_t = acc_t<scalar_t>;
+  const int quads = params.columns / kQuad;
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y;
+  const auto* sums = reinterpret_cast<const Pack<sum_t, kQuad>*>(shared);
+  auto* partials = static_cast<Pack<sum_t, kQuad>*>(params.partials) + block * params.total_rows * quads;
+  for (int item = threadIdx.x; item < params.total_rows * quads; item += kThreads) {
+    const int row = small_quotient(item, quads);
     const int t = find_last(params.first_row, params.num_tables, row);
     const SumTable& table = params.table[t];
+    const TableGroup& group = params.group[table.group];
     const int local = row - params.first_row[t];
-    sum_t sum[2] = {};
+    Pack<sum_t, kQuad> sum{};
     if (local != table.padding_idx) {
-      const int block = table.multiplier * table.num_embeddings;
-      for (int high = 0; high < table.group_places; high += block) {
-        for (int low = 0; low < table.multiplier; ++low) {
-          const sum_t* at = copies + (table.group_place + high + local * table.multiplier + low) * kColumns + lane;
+      const int count = group.places / table.num_embeddings;
+      const int first = group.first_place + local * table.multiplier;
 #pragma unroll 4
-          for (int c = 0; c < params.copies; ++c) {
-            sum[0] += at[c * copy_size];
-            sum[1] += at[c * copy_size + 32];
-          }
-        }
+      for (int k = 0; k < count; ++k) {
+        const int high = small_quotient(k, table.multiplier);
+        const int place = first + k + high * table.multiplier * (table.num_embeddings - 1);
+        const Pack<sum_t, kQuad> addend = sums[place * quads + item - row * quads];
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) sum.value[j] += addend.value[j];
       }
     }
-    sum_t* partial = static_cast<sum_t*>(params.partials) +
-                     (static_cast<int64_t>(blockIdx.x) * params.total_rows + row) * params.embedding_dim;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int column = first_column + lane + 32 * j;
-      if (column < end_column) partial[column] = sum[j];
-    }
+    partials[item] = sum;
   }
 }
 
-// Step 3, in the grid.
+// Step 3, in the grid: a block's own columns.
 template <typename scalar_t>
 __device__ inline void sum_splits(const SumParams& params) {
   using sum_t = acc_t<scalar_t>;
   scalar_t* grad_weight = static_cast<scalar_t*>(params.grad_weight);
-  const int elements = params.total_rows * params.embedding_dim;
-  const int block = blockIdx.y * gridDim.x + blockIdx.x;
-  const int step = gridDim.x * gridDim.y * kThreads;
-  for (int element = block * kThreads + threadIdx.x; element < elements; element += step) {
-    const sum_t* partial = static_cast<const sum_t*>(params.partials) + element;
+  const int elements = params.total_rows * params.columns;
+  const int64_t split_step = static_cast<int64_t>(gridDim.y) * elements;
+  const int items = (elements * params.parts + 31) / 32 * 32;  // whole warps, for the shuffles
+  for (int item = blockIdx.x * kThreads + threadIdx.x; item < items; item += gridDim.x * kThreads) {
+    const int element = min(item / params.parts, elements - 1);
+    const int part = item % params.parts;
+    const sum_t* partial =
+        static_cast<const sum_t*>(params.partials) + static_cast<int64_t>(blockIdx.y) * elements + element;
     sum_t total = 0;
 #pragma unroll 16
-    for (int split = 0; split < static_cast<int>(gridDim.x); ++split) {
-      total += partial[static_cast<int64_t>(split) * elements];
+    for (int split = part; split < static_cast<int>(gridDim.x); split += params.parts) {
+      total += partial[split * split_step];
     }
-    const int row = element / params.embedding_dim;
+    for (int delta = 1; delta < params.parts; delta *= 2) total += __shfl_xor_sync(kFullWarp, total, delta);
+    const int row = element / params.columns;
+    const int column = blockIdx.y * params.columns + element - row * params.columns;
+    if (part > 0 || column >= params.embedding_dim) continue;
     const int t = find_last(params.first_row, params.num_tables, row);
-    grad_weight[params.table[t].weight_offset + element - params.first_row[t] * params.embedding_dim] =
-        narrow<scalar_t>(total);
+    const int64_t local = row - params.first_row[t];
+    grad_weight[params.table[t].weight_offset + local * params.embedding_dim + column] = narrow<scalar_t>(total);
   }
 }
 
-template <typename scalar_t, int kAccesses>
+template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_constant__ SumParams params) {
   using sum_t = acc_t<scalar_t>;
-  extern __shared__ __align__(16) char shared[];
-  // [copies, places + 1, kColumns] and behind them kPlaceBytes for each.
-  sum_t* copies = reinterpret_cast<sum_t*>(shared);
-  const int copy_size = (params.places + 1) * kColumns;
-  char* places = reinterpret_cast<char*>(copies + params.copies * copy_size);
-  uint4* words = reinterpret_cast<uint4*>(shared);
-  const int num_words = params.copies * copy_size * static_cast<int>(sizeof(sum_t)) / 16;
-  for (int i = threadIdx.x; i < num_words; i += kThreads) words[i] = make_uint4(0, 0, 0, 0);
-  __syncthreads();
-
-  const int warp = threadIdx.x / 32;
-  if (warp < params.copies) {
-    accumulate<scalar_t, kAccesses>(params, copies + warp * copy_size,
-                                    reinterpret_cast<Places<kAccesses>*>(places + warp * kPlaceBytes),
-                                    (static_cast<int64_t>(blockIdx.x) * params.copies + warp) * kBatch,
-                                    static_cast<int64_t>(gridDim.x) * params.copies * kBatch);
+  extern __shared__ __align__(32) char shared[];
+  const Layout& layout = params.layout;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * params.rows_per_split;
+  const int rows = static_cast<int>(min(int64_t{params.rows_per_split}, params.num_rows - first_row));
+  copy_tile<scalar_t>(params, first_row, min(rows, params.tile), shared + layout.tiles);
+  sort_tiles<scalar_t>(params, first_row, rows, shared);
+  if (params.tiles > 1 && gridDim.y > 1) {
+    cooperative_groups::this_grid().sync();
+  } else {
+    __syncthreads();
+  }
+  if (params.tiles > 1) copy_list(params, 0, min(rows, params.tile), shared + layout.lists);
+  __pipeline_commit();
+  for (int i = threadIdx.x; i < layout.lists / 16; i += kThreads) {
+    reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
+  }
+  int buffer = 0;
+  for (int tile = 0; tile * params.tile < rows; ++tile) {
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    const int begin = tile * params.tile;
+    const int next = begin + params.tile;
+    if (next < rows) {
+      const int next_rows = min(rows - next, params.tile);
+      const int other = buffer ^ 1;
+      copy_list(params, tile + 1, next_rows, shared + layout.lists + other * layout.list_bytes);
+      copy_tile<scalar_t>(params, first_row + next, next_rows, shared + layout.tiles + other * layout.tile_bytes);
+      __pipeline_commit();
+    }
+    const auto open = sum_tile<scalar_t>(params, min(rows - begin, params.tile), buffer, shared);
+    __syncthreads();
+    close_run<sum_t>(params, open, shared);
+    buffer ^= 1;
   }
   __syncthreads();
-  sum_copies<scalar_t>(params, copies);
+  sum_places<scalar_t>(params, shared);
 
   if (blockIdx.x == 0 && blockIdx.y == 0) {
     for (int t = threadIdx.x; t < params.num_tables; t += kThreads) {
       const SumTable& table = params.table[t];
       scalar_t* end = static_cast<scalar_t*>(params.grad_weight) + table.weight_offset +
-                      table.num_embeddings * params.embedding_dim;
+                      int64_t{table.num_embeddings} * params.embedding_dim;
       for (int i = 0; i < table.gap; ++i) end[i] = narrow<scalar_t>(0);
     }
   }
@@ -278,57 +396,16 @@ __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_co
   sum_splits<scalar_t>(params);
 }
 
-// Tables taken together: their places are as many as the product of their rows.
-struct Group {
-  int64_t places;
-  std::vector<size_t> tables;
-};
-
-// Takes the smallest together while a copy of all has at most `max_places`.
-std::vector<Group> make_groups(const BackwardCall& call, int64_t max_places) {
-  std::vector<Group> groups;
-  int64_t total = 0;
-  for (size_t t = 0; t < call.tables.size(); ++t) {
-    if (call.tables[t].num_embeddings == 0) continue;
-    groups.push_back({call.tables[t].num_embeddings, {t}});
-    total += call.tables[t].num_embeddings;
-  }
-  const auto more = [](const Group& a, const Group& b) { return a.places > b.places; };
-  while (groups.size() > 1) {
-    std::sort(groups.begin(), groups.end(), more);
-    Group& last = groups.back();
-    Group& before = groups[groups.size() - 2];
-    total += last.places * before.places - last.places - before.places;
-    if (total > max_places) break;
-    before.places *= last.places;
-    before.tables.insert(before.tables.end(), last.tables.begin(), last.tables.end());
-    groups.pop_back();
-  }
-  return groups;
-}
-
-template <typename scalar_t, int kAccesses>
+template <typename scalar_t>
 FeStatus launch(const SumParams& params, const dim3& grid, const DeviceInfo& device, cudaStream_t stream) {
-  const auto kernel = private_sum_backward<scalar_t, kAccesses>;
+  const auto kernel = private_sum_backward<scalar_t>;
   static std::atomic<uint64_t> allowed{0};
   const FeStatus status =
       allow_shared_memory(reinterpret_cast<const void*>(kernel), device.properties.shared_bytes_per_block, device,
                           &allowed, "backward_private_sum shared memory");
   if (status != FE_OK) return status;
-  const int64_t copy_bytes = int64_t{params.places + 1} * kColumns * sizeof(acc_t<scalar_t>);
-  const int64_t shared_bytes = params.copies * (copy_bytes + kPlaceBytes);
-  return launch_cooperative(kernel, grid, dim3(kThreads), shared_bytes, params, Begin::AFTER_ALL, device, stream,
+  return launch_cooperative(kernel, grid, dim3(kThreads), params.layout.total, params, Begin::AFTER_ALL, device, stream,
                             "backward_private_sum");
-}
-
-template <typename scalar_t>
-FeStatus dispatch_accesses(size_t accesses, const SumParams& params, const dim3& grid, const DeviceInfo& device,
-                           cudaStream_t stream) {
-  if (accesses <= 4) return launch<scalar_t, 4>(params, grid, device, stream);
-  if (accesses <= 6) return launch<scalar_t, 6>(params, grid, device, stream);
-  if (accesses <= 8) return launch<scalar_t, 8>(params, grid, device, stream);
-  if (accesses <= 12) return launch<scalar_t, 12>(params, grid, device, stream);
-  return launch<scalar_t, kMaxTables>(params, grid, device, stream);
 }
 
 }  // namespace
@@ -337,67 +414,64 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
                               size_t* workspace_bytes, cudaStream_t stream) {
   const FeBackwardArgs& args = call.args;
   const int64_t dim = call.tables.empty() ? 0 : call.tables[0].embedding_dim;
-  const int64_t slices = ceil_div(dim, kColumns);
-  if (plan.threads < 32 || plan.threads > kThreads || plan.threads % 32 != 0 || plan.splits < 1 ||
-      call.tables.size() > kMaxTables || slices > device.properties.num_sms) {
+  const int64_t slices = ceil_div(dim, kMaxColumns);
+  int64_t rows = 0;
+  for (const TableSlice& table : call.tables) rows += table.num_embeddings;
+  if (plan.splits < 1 || call.tables.size() > kMaxTables || slices > device.properties.num_sms ||
+      rows * kQuad * accumulator_bytes(args.scalar_type) > device.properties.shared_bytes_per_block) {
     return FE_INVALID_ARGUMENT;
   }
-  SumParams params{};
-  params.copies = plan.threads / 32;
-  const int64_t place_bytes = kColumns * accumulator_bytes(args.scalar_type);
-  const int64_t most_places =
-      (device.properties.shared_bytes_per_block / params.copies - kPlaceBytes) / place_bytes - 1;
-  const std::vector<Group> groups = make_groups(call, most_places);
-  const std::vector<int32_t> gaps = call.zeroed ? std::vector<int32_t>{} : find_gaps(call);
-  for (size_t g = 0; g < groups.size(); ++g) {
-    int64_t multiplier = 1;
-    for (const size_t t : groups[g].tables) {
-      const TableSlice& source = call.tables[t];
-      params.first_row[params.num_tables] = params.total_rows;
-      SumTable& table = params.table[params.num_tables++];
-      table.weight_offset = source.weight_offset;
-      table.num_embeddings = static_cast<int32_t>(source.num_embeddings);
-      table.padding_idx = static_cast<int32_t>(source.padding_idx);
-      table.index_column = static_cast<int32_t>(source.index_column);
-      table.multiplier = static_cast<int32_t>(multiplier);
-      table.group_place = params.places;
-      table.group_places = static_cast<int32_t>(groups[g].places);
-      table.gap = gaps.empty() ? 0 : gaps[t];
-      table.access = t == groups[g].tables.back() ? static_cast<int32_t>(g) : -1;
-      multiplier *= source.num_embeddings;
-      params.total_rows += table.num_embeddings;
-    }
-    params.places += static_cast<int32_t>(groups[g].places);
-    if (params.places > most_places) return FE_INVALID_ARGUMENT;
+  if (rows == 0 || dim == 0) {
+    *workspace_bytes = 0;
+    const int64_t bytes = args.grad_weight_numel * scalar_bytes(args.scalar_type);
+    if (workspace == nullptr || call.zeroed) return FE_OK;
+    return check_cuda(cudaMemsetAsync(args.grad_weight, 0, bytes, stream), "backward_private_sum");
   }
+
+  SumParams params{};
   params.embedding_dim = static_cast<int32_t>(dim);
-  const int64_t batches = ceil_div(args.num_rows, kBatch);
-  const int64_t splits =
-      slices == 0
-          ? 1
-          : std::min({int64_t{plan.splits}, device.properties.num_sms / slices, ceil_div(batches, params.copies)});
-  const size_t needed = splits * params.total_rows * dim * accumulator_bytes(args.scalar_type);
+  params.copy_bytes = static_cast<int32_t>(pack_bytes(args, call.tables[0]));
+  const int64_t step = std::max<int64_t>(kQuad, params.copy_bytes / scalar_bytes(args.scalar_type));
+  params.columns = static_cast<int32_t>(round_up(ceil_div(dim, slices), step));
+  while (kQuad << params.lane_bits < params.columns) ++params.lane_bits;
+  const int64_t shared_bytes = device.properties.shared_bytes_per_block;
+  int32_t largest = 0;
+  for (const int max_places : {kMaxJointPlaces, 1}) {
+    if (largest > 0) break;
+    set_groups(call, max_places, &params);
+    largest = largest_tile(params, args.scalar_type, 2, shared_bytes);
+  }
+  if (largest == 0) return FE_INVALID_ARGUMENT;
+  const int64_t most_splits =
+      std::min({int64_t{plan.splits}, device.properties.num_sms / slices, ceil_div(args.num_rows, kMinShare)});
+  params.rows_per_split = static_cast<int32_t>(ceil_div(args.num_rows, most_splits));
+  const int64_t splits = ceil_div(args.num_rows, params.rows_per_split);
+  set_tiles(args.scalar_type, slices, largest, shared_bytes, &params);
+  const int64_t elements = int64_t{params.total_rows} * params.columns;
+  params.parts = 1;
+  while (params.parts < kMaxParts && params.parts * 2 * elements <= splits * kThreads) params.parts *= 2;
+  const int64_t partial_bytes = splits * slices * elements * accumulator_bytes(args.scalar_type);
+  const int64_t list_bytes = params.tiles > 1 ? splits * params.tiles * params.layout.list_bytes : 0;
+  const size_t needed = round_up(partial_bytes, 32) + list_bytes;
   if (workspace == nullptr) {
     *workspace_bytes = needed;
     return FE_OK;
   }
   if (*workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;
 
-  if (!call.zeroed && gaps.empty()) {
+  if (!call.zeroed && find_gaps(call).empty()) {
     const int64_t bytes = args.grad_weight_numel * scalar_bytes(args.scalar_type);
     const FeStatus zeroed = check_cuda(cudaMemsetAsync(args.grad_weight, 0, bytes, stream), "backward_private_sum");
     if (zeroed != FE_OK) return zeroed;
   }
-  if (params.total_rows == 0 || dim == 0) return FE_OK;
-  params.columns = static_cast<int32_t>(ceil_div(dim, slices));
   params.num_rows = static_cast<int32_t>(args.num_rows);
   set_input(args, &params);
   params.grad_weight = args.grad_weight;
   params.partials = workspace;
+  params.lists = static_cast<char*>(workspace) + round_up(partial_bytes, 32);
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(slices));
-  return dispatch_scalar(args.scalar_type, [&](auto scalar) {
-    return dispatch_accesses<decltype(scalar)>(groups.size(), params, grid, device, stream);
-  });
+  return dispatch_scalar(args.scalar_type,
+                         [&](auto scalar) { return launch<decltype(scalar)>(params, grid, device, stream); });
 }
 
 }  // namespace fast_embedding

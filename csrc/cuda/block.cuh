@@ -35,6 +35,16 @@ __device__ inline unsigned lanes_with_digit(uint32_t digit, bool present) {
   return peers;
 }
 
+// The sum over the lanes up to this one.
+__device__ inline uint32_t scan_lanes(uint32_t value, int lane) {
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const uint32_t below = __shfl_up_sync(kFullWarp, value, delta);
+    if (lane >= delta) value += below;
+  }
+  return value;
+}
+
 struct Scan {
   uint32_t before;  // the sum over the threads before this one
   uint32_t total;
@@ -46,12 +56,7 @@ template <int kThreads>
 __device__ inline Scan scan_threads(uint32_t value, uint32_t* warp_sum) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  uint32_t inclusive = value;
-#pragma unroll
-  for (int delta = 1; delta < 32; delta *= 2) {
-    const uint32_t below = __shfl_up_sync(kFullWarp, inclusive, delta);
-    if (lane >= delta) inclusive += below;
-  }
+  const uint32_t inclusive = scan_lanes(value, lane);
   if (lane == 31) warp_sum[warp] = inclusive;
   __syncthreads();
   Scan scan = {inclusive - value, 0};

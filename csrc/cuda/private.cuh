@@ -5,7 +5,7 @@
 
 namespace fast_embedding {
 
-// For tables of a sum. plan.threads: 32 for each copy of the tables in a block.
+// For tables of a sum.
 FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                               size_t* workspace_bytes, cudaStream_t stream);
 
