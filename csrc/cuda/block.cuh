@@ -61,12 +61,7 @@ __device__ inline Scan scan_threads(uint32_t value, uint32_t* warp_sum) {
   __syncthreads();
   Scan scan = {inclusive - value, 0};
   if constexpr (kThreads == 1024) {
-    uint32_t sums = warp_sum[lane];
-#pragma unroll
-    for (int delta = 1; delta < 32; delta *= 2) {
-      const uint32_t below = __shfl_up_sync(kFullWarp, sums, delta);
-      if (lane >= delta) sums += below;
-    }
+    const uint32_t sums = scan_lanes(warp_sum[lane], lane);
     scan.total = __shfl_sync(kFullWarp, sums, 31);
     const uint32_t through_warp = __shfl_sync(kFullWarp, sums, warp);
     scan.before += through_warp - warp_sum[warp];
