@@ -145,7 +145,7 @@ void plan_tile(const FePlanQuery& query, FePlan* plan) {
   plan->float32_scratch = scalar_bytes(query.scalar_type) == 2;
 }
 
-void plan_sort(const FePlanQuery& query, FePlan* plan) {
+void plan_sort(const FePlanQuery& query, const ClusterSort& cluster, FePlan* plan) {
   plan->strategy = FE_STRATEGY_SORT;
   const double part =
       static_cast<double>(query.num_indices) * chunks(query) / (kTileBlocksPerSm * query.device.num_sms);
@@ -154,7 +154,6 @@ void plan_sort(const FePlanQuery& query, FePlan* plan) {
   const bool roomy = query.device.shared_bytes_per_block >= kRoomyShared;
   plan->digit_bits = roomy ? 10 : 8;
   plan->sort_tile = roomy ? 8192 : 4096;
-  const ClusterSort cluster(query);
   if (cluster.pays_beside(std::max(cluster.zeros_us, cluster.all_blocks_us))) plan->cluster = cluster.blocks;
 }
 
@@ -242,13 +241,13 @@ extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan*
   const bool sorts = query->deterministic || scratch_too_large(*query) || scaled || sorting_pays(*query);
   const ClusterSort cluster(*query);
   if (query->sparse || cluster.pays_beside(cluster.zeros_us)) {
-    plan_sort(*query, plan);
+    plan_sort(*query, cluster, plan);
   } else if (query->num_tables == 1 && query->num_indices <= (sorts ? kMaxOwnIndicesForSort : kMaxOwnIndices)) {
     plan->strategy = FE_STRATEGY_OWN;
   } else if (!scaled && plan_private(*query, sorts, plan)) {
     // plan_private has filled it in.
   } else if (sorts) {
-    plan_sort(*query, plan);
+    plan_sort(*query, cluster, plan);
   } else {
     plan_tile(*query, plan);
   }

@@ -294,8 +294,8 @@ FeStatus backward_own(const FePlan& /*plan*/, const BackwardCall& call, const De
     return FE_OK;
   }
   // Zeros that lie around the table, or are many.
-  const bool memset = args.grad_weight_numel > table_numel || args.grad_weight_numel * scalar >= kZeroLaunchBytes;
-  if (memset) {
+  const bool zeros_first = args.grad_weight_numel > table_numel || args.grad_weight_numel * scalar >= kZeroLaunchBytes;
+  if (zeros_first) {
     const FeStatus status =
         write_zeros(args.grad_weight, args.grad_weight_numel * scalar, Begin::AFTER_ALL, device, stream);
     if (status != FE_OK) return status;
@@ -313,7 +313,7 @@ FeStatus backward_own(const FePlan& /*plan*/, const BackwardCall& call, const De
   params.num_embeddings = table.num_embeddings;
   params.padding_idx = table.padding_idx;
   params.embedding_dim = static_cast<int32_t>(table.embedding_dim);
-  params.write_zeros = !memset;
+  params.write_zeros = !zeros_first;
   params.row_bytes = Divisor(static_cast<uint32_t>(table.embedding_dim * scalar));
   const int64_t bytes = narrow_pack_bytes(args, table);
   return dispatch_scalar(args.scalar_type, [&](auto value) {

@@ -428,6 +428,7 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
     return check_cuda(cudaMemsetAsync(args.grad_weight, 0, bytes, stream), "backward_private_sum");
   }
 
+  const std::vector<int32_t> gaps = call.zeroed ? std::vector<int32_t>{} : find_gaps(call);
   SumParams params{};
   params.embedding_dim = static_cast<int32_t>(dim);
   params.copy_bytes = static_cast<int32_t>(pack_bytes(args, call.tables[0]));
@@ -438,7 +439,7 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
   int32_t largest = 0;
   for (const int max_places : {kMaxJointPlaces, 1}) {
     if (largest > 0) break;
-    set_groups(call, max_places, &params);
+    set_groups(call, gaps, max_places, &params);
     largest = largest_tile(params, args.scalar_type, 2, shared_bytes);
   }
   if (largest == 0) return FE_INVALID_ARGUMENT;
@@ -459,7 +460,7 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
   }
   if (*workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;
 
-  if (!call.zeroed && find_gaps(call).empty()) {
+  if (!call.zeroed && gaps.empty()) {
     const int64_t bytes = args.grad_weight_numel * scalar_bytes(args.scalar_type);
     const FeStatus zeroed = check_cuda(cudaMemsetAsync(args.grad_weight, 0, bytes, stream), "backward_private_sum");
     if (zeroed != FE_OK) return zeroed;

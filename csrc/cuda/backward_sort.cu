@@ -17,7 +17,7 @@ FeStatus backward_sort(const FePlan& plan, const BackwardCall& call, const Devic
     const int64_t last = std::min<int64_t>(first + kMaxSortTables, num_tables);
     IndexSort sort(plan, call, first, last, device);
     if (workspace != nullptr) sort.place(static_cast<char*>(workspace));
-    SortedSums sums(plan, args);
+    SortedSums sums(plan, args, device);
     for (int64_t t = first; t < last; ++t) sums.add(call.tables[t], sort.sorted(t - first));
     needed = std::max(needed, static_cast<size_t>(sort.bytes() + sums.flags_bytes() + sums.partials_bytes()));
     if (workspace == nullptr) continue;

@@ -121,7 +121,11 @@ __global__ void __launch_bounds__(kThreads) number_runs(const __grid_constant__ 
 class SparseBackward {
  public:
   SparseBackward(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device)
-      : plan_(plan), args_(args), call_{args, {{args.tables[0], 0, 0}}}, sort_(plan, call_, 0, 1, device, true) {
+      : plan_(plan),
+        args_(args),
+        device_(device),
+        call_{args, {{args.tables[0], 0, 0}}},
+        sort_(plan, call_, 0, 1, device, true) {
     const int64_t blocks = int64_t{kBlocksPerSm} * device.properties.num_sms;
     chunk_ = round_up(std::max<int64_t>(ceil_div(args.num_rows, blocks), 1), kTile);
     blocks_ = ceil_div(args.num_rows, chunk_);
@@ -130,7 +134,7 @@ class SparseBackward {
     const int64_t scalar = scalar_bytes(args.scalar_type);
     for (const int64_t pack : {int64_t{16}, int64_t{8}, scalar}) {
       if (args.tables[0].embedding_dim * scalar % pack != 0) continue;
-      SortedSums sums(plan, args);
+      SortedSums sums(plan, args, device);
       sums.add(call_.tables[0], nullptr, pack);
       flags_bytes_ = std::max(flags_bytes_, sums.flags_bytes());
       partials_bytes_ = std::max(partials_bytes_, sums.partials_bytes());
@@ -164,7 +168,7 @@ class SparseBackward {
     TableSlice values = call_.tables[0];
     values.num_embeddings = count;
     values.weight_offset = 0;
-    SortedSums sums(plan_, args_);
+    SortedSums sums(plan_, args_, device_);
     sums.add(values, params.numbered);
     return sums.enqueue(flags(workspace), flags(workspace) + flags_bytes_, stream);
   }
@@ -185,6 +189,7 @@ class SparseBackward {
 
   const FePlan& plan_;
   const FeBackwardArgs& args_;
+  const DeviceInfo& device_;
   BackwardCall call_;
   IndexSort sort_;
   int64_t chunk_;

@@ -109,8 +109,9 @@ inline std::vector<std::vector<size_t>> group_tables(const BackwardCall& call, i
   return groups;
 }
 
-inline void set_groups(const BackwardCall& call, int64_t max_places, SumParams* params) {
-  const std::vector<int32_t> gaps = call.zeroed ? std::vector<int32_t>{} : find_gaps(call);
+// `gaps`: behind each table, or empty where they are zeroed otherwise.
+inline void set_groups(const BackwardCall& call, const std::vector<int32_t>& gaps, int64_t max_places,
+                       SumParams* params) {
   params->num_tables = params->num_groups = params->total_rows = params->places = params->bins = 0;
   for (const std::vector<size_t>& members : group_tables(call, max_places)) {
     TableGroup& group = params->group[params->num_groups];

@@ -8,6 +8,8 @@
 #include "rank.cuh"
 
 namespace fast_embedding {
+
+#if FE_EARLY_LAUNCH
 namespace {
 
 constexpr int kThreads = 1024;
@@ -21,8 +23,6 @@ constexpr int kPositionBits = 18;              // of a cluster's lookups; above 
 static_assert(sizeof(Lookup) * kMaxChunk + (1 << kMaxDigitBits) * (4 + 2 + 2 * kWarps) <= kSharedBytes);
 static_assert(1 << kMaxDigitBits <= 2 * kThreads);  // two digits a thread
 static_assert(kMaxChunk * 16 <= 1 << kPositionBits && kMaxChunk / kWarps <= 1 << (32 - kPositionBits));
-
-#if FE_EARLY_LAUNCH
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // Where `address`, in this block's shared memory, is in that of the cluster's block `rank`.
@@ -175,11 +175,7 @@ cudaLaunchConfig_t cluster_config(int64_t tables, int32_t blocks, cudaLaunchAttr
   return config;
 }
 
-#endif
-
 }  // namespace
-
-#if FE_EARLY_LAUNCH
 
 int32_t max_cluster_blocks(int32_t compute_capability) {
   cudaFuncAttributes attributes{};

@@ -165,8 +165,9 @@ __global__ void __launch_bounds__(kThreads, kScaled ? kBlocksPerSmScaled : kBloc
 
 }  // namespace
 
-SortedSums::SortedSums(const FePlan& plan, const FeBackwardArgs& args)
+SortedSums::SortedSums(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device)
     : args_(args),
+      device_(device),
       fits_(plan.tile >= 32 && plan.tile <= kMaxPart),
       launches_{{16}, {8}, {scalar_bytes(args.scalar_type)}} {
   for (Launch& launch : launches_) launch.params.part = fits_ ? plan.tile : kMaxPart;
@@ -208,11 +209,8 @@ int64_t SortedSums::partials_bytes() const {
 template <typename scalar_t, int kSize>
 FeStatus SortedSums::start(const Launch& launch, cudaStream_t stream) const {
   if (launch.work > INT32_MAX) return FE_UNSUPPORTED;
-  const DeviceInfo* device = nullptr;
-  const FeStatus status = device_info(&device);
-  if (status != FE_OK) return status;
   const auto kernel = args_.scale_grad_by_freq ? sum_sorted<scalar_t, kSize, true> : sum_sorted<scalar_t, kSize, false>;
-  return fast_embedding::launch(kernel, dim3(static_cast<unsigned>(launch.work)), dim3(kThreads), Begin::EARLY, *device,
+  return fast_embedding::launch(kernel, dim3(static_cast<unsigned>(launch.work)), dim3(kThreads), Begin::EARLY, device_,
                                 stream, "sum_sorted", launch.params);
 }
 

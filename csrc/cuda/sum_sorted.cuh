@@ -33,7 +33,7 @@ struct SumParams {
 class SortedSums {
  public:
   // FE_INVALID_ARGUMENT from enqueue() where the plan does not fit.
-  SortedSums(const FePlan& plan, const FeBackwardArgs& args);
+  SortedSums(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device);
 
   // `lookups`: [num_rows], ascending by (row, position); rows from num_embeddings on are dropped.
   void add(const TableSlice& table, const Lookup* lookups) { add(table, lookups, pack_bytes(args_, table)); }
@@ -59,6 +59,7 @@ class SortedSums {
   FeStatus start(const Launch& launch, cudaStream_t stream) const;
 
   const FeBackwardArgs& args_;
+  const DeviceInfo& device_;
   bool fits_;
   Launch launches_[3];
 };
