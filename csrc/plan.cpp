@@ -56,7 +56,12 @@ constexpr int64_t kRoomyShared = 112 << 10;
 constexpr int kClusterThreads = 1024;  // each with up to 16 lookups
 constexpr int64_t kClusterChunk = 16 * kClusterThreads;
 constexpr int kClusterSms = 64;  // that clusters of all tables take at the most
+constexpr int kMaxSmallCluster = 4;
+constexpr int kSmallClusterSms = 112;  // the same for clusters that find a place anywhere
 constexpr double kZeroBytesPerUs = 4.6e6;
+constexpr double kZeroBytesPerUsOfSm = 5e4;
+constexpr double kMostOverZeros = 1.05;
+constexpr double kHiddenZerosUs = 3.7;  // at a barrier of the sort by all blocks
 constexpr int kChunkBytes = 64 * 16;  // of a row that a block takes: 64 threads, 16 bytes each
 
 int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
@@ -117,27 +122,36 @@ bool plan_private(const FePlanQuery& query, bool instead_of_sort, FePlan* plan) 
 // A sort in clusters, one a table, beside the zeros. In microseconds, whichever device it is: the ratios count.
 struct ClusterSort {
   int32_t blocks = 0;  // of a table's cluster; 0 where none fits
-  double sort_us = 0;
   double zeros_us = 0;
-  double all_blocks_us = 0;  // what a sort by all blocks takes
+  double both_us = 0;
+  double one_after_the_other_us = 0;  // by all blocks
 
   explicit ClusterSort(const FePlanQuery& query) {
     const int64_t tables = std::max<int64_t>(query.num_tables, 1);
-    for (const int32_t candidate : {16, 8, 4}) {
-      const bool fits = candidate <= query.device.max_cluster_blocks && tables * candidate <= kClusterSms &&
-                        query.num_indices <= candidate * kClusterChunk;
-      if (fits && blocks == 0) blocks = candidate;
-    }
-    if (blocks == 0) return;
     const double lookups = static_cast<double>(query.num_indices);
     const double passes = query.num_embeddings >= int64_t{1} << 20 ? 3 : query.num_embeddings >= 1 << 10 ? 2 : 1;
-    const double items = std::ceil(lookups / (blocks * kClusterThreads));
-    sort_us = 4.5 + 0.5 * items + passes * (2 + 1.4 * items);
-    all_blocks_us = 4 + 5.5 * passes + (1 + passes) * lookups / 52000;
     const double zeros = query.sparse ? 0 : static_cast<double>(query.grad_weight_numel);
     zeros_us = zeros * scalar_bytes(query.scalar_type) / kZeroBytesPerUs;
+    const double all_blocks_us =
+        4 + 5.5 * passes + (1 + passes) * lookups * static_cast<double>(tables) / 52000;
+    one_after_the_other_us = all_blocks_us + std::max(0.0, zeros_us - kHiddenZerosUs * (2 * passes - 1));
+    for (const int32_t candidate : {16, 8, 4, 2, 1}) {
+      const int64_t sms = tables * candidate;
+      const bool fits = candidate <= query.device.max_cluster_blocks &&
+                        sms <= (candidate <= kMaxSmallCluster ? kSmallClusterSms : kClusterSms) &&
+                        query.num_indices <= candidate * kClusterChunk;
+      if (!fits) continue;
+      const double items = std::ceil(lookups / (candidate * kClusterThreads));
+      const double sort_us = 4.5 + 0.5 * items + passes * (2 + 1.4 * items);
+      const double rate = static_cast<double>(query.device.num_sms - sms) * kZeroBytesPerUsOfSm / kZeroBytesPerUs;
+      const double total_us = sort_us + std::max(0.0, zeros_us - sort_us * std::clamp(rate, 0.0, 1.0));
+      if (blocks > 0 && total_us > 0.99 * both_us) continue;
+      blocks = candidate;
+      both_us = total_us;
+    }
   }
-  bool pays_beside(double other_us) const { return blocks > 0 && sort_us <= other_us; }
+  bool hides_behind_zeros() const { return blocks > 0 && both_us <= kMostOverZeros * zeros_us; }
+  bool pays() const { return blocks > 0 && both_us <= one_after_the_other_us; }
 };
 
 void plan_tile(const FePlanQuery& query, FePlan* plan) {
@@ -154,7 +168,7 @@ void plan_sort(const FePlanQuery& query, const ClusterSort& cluster, FePlan* pla
   const bool roomy = query.device.shared_bytes_per_block >= kRoomyShared;
   plan->digit_bits = roomy ? 10 : 8;
   plan->sort_tile = roomy ? 8192 : 4096;
-  if (cluster.pays_beside(std::max(cluster.zeros_us, cluster.all_blocks_us))) plan->cluster = cluster.blocks;
+  if (cluster.pays()) plan->cluster = cluster.blocks;
 }
 
 std::vector<int64_t> ascending_by_rows(const FeBackwardArgs& args) {
@@ -240,7 +254,7 @@ extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan*
   const bool scaled = query->scale_grad_by_freq != 0;
   const bool sorts = query->deterministic || scratch_too_large(*query) || scaled || sorting_pays(*query);
   const ClusterSort cluster(*query);
-  if (query->sparse || cluster.pays_beside(cluster.zeros_us)) {
+  if (query->sparse || cluster.hides_behind_zeros()) {
     plan_sort(*query, cluster, plan);
   } else if (query->num_tables == 1 && query->num_indices <= (sorts ? kMaxOwnIndicesForSort : kMaxOwnIndices)) {
     plan->strategy = FE_STRATEGY_OWN;
