@@ -50,7 +50,7 @@ __device__ inline void store_to_block(uint32_t address, Lookup entry) {
 template <typename At>
 __device__ inline void read_chunk(const SortParams& params, const SortTable& table, uint32_t begin, uint32_t length,
                                   int items, At at, Lookup* list) {
-  constexpr int kReads = 4;  // of indices in flight in a thread
+  constexpr int kReads = 8;  // of indices in flight in a thread
   bool in_range = true;
   for (int first = 0; first < items; first += kReads) {
     int64_t index[kReads];
