@@ -281,7 +281,7 @@ __device__ inline void add_lookups(const TileShared& shared, const TileParams& p
                                    int64_t first_row, int chunk, Pack<scalar_t, kSize> (&ahead)[kAhead], bool* zeroed) {
   const TileShare<scalar_t, kSize> share(params, table, first_row, chunk);
   for (int first = 0; first < share.length; first += share.groups * kUnroll) {
-    Pack<scalar_t, kSize> value[kUnroll];
+    Pack<scalar_t, kSize> value[kUnroll] = {};  // for the reason in sum_runs
     if (first > 0) {
       share.template load<0, kUnroll>(params, first, value);
     } else {
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
     if (t != sampled_table) groups = table.hot_count != kNeverHot;
     if (groups) clear_slots(shared, params);
     // Asked for beside the indices where lookups may be added one by one.
-    Pack<scalar_t, kSize> value[kAhead];
+    Pack<scalar_t, kSize> value[kAhead] = {};
     const bool samples = groups && t != sampled_table && table.hot_count != kAlwaysHot;
     if (samples || !groups) {
       TileShare<scalar_t, kSize>(params, table, first_row, chunk).template load<0, kAhead>(params, 0, value);

@@ -69,7 +69,9 @@ __device__ inline void sum_runs(uint32_t length, int lanes, bool active, Edges<a
     };
     for (uint32_t i = begin; i < end; i += kUnroll) {
       uint32_t row[kUnroll];
-      Pack<scalar_t, kSize> value[kUnroll];
+      // Zeros, since what a load that is left out would leave has to be kept, and that through the whole kernel: 68
+      // registers in place of 80.
+      Pack<scalar_t, kSize> value[kUnroll] = {};
 #pragma unroll
       for (int k = 0; k < kUnroll; ++k) {
         const uint32_t at = min(i + k, end - 1);
