@@ -422,6 +422,56 @@ def test_backward_of_many_tables(library, sizes, num_rows, dtype):
         assert_gradient(problem, problem.backward(library))
 
 
+# Tables whose columns allow accesses of 16 bytes beside such that allow 8, or one element; rows of several column chunks
+# among short ones; a launch of one width before one of several.
+MIXED_WIDTHS = [
+    [(100 * 2**t, dim) for t, dim in enumerate((1, 2, 3, 4, 6, 8, 12, 16, 24, 32))],
+    [(40, 1), (5, 3), (300, 4), (9000, 2), (70, 6), (20, 320), (2000, 260), (30, 8)],
+    [(11, 90), (12, 2), (13, 520), (14, 4), (15, 8)],
+    [*[(9, 8)] * 64, (5, 1), (700, 2), (3, 5), (40, 4), (40, 12)],
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", MIXED_WIDTHS, ids=lambda sizes: f"{len(sizes)} tables")
+@pytest.mark.parametrize("num_rows", [1, 32, 700, 9001])
+def test_backward_of_tables_of_several_widths(library, sizes, num_rows, dtype):
+    for distribution, index_dtype, padding, offset in CASES:
+        problem = Problem(sizes, num_rows, dtype, index_dtype, distribution, padding, offset)
+        for plan in [*plans_for(problem, library), None]:
+            assert_gradient(problem, problem.backward(library, plan))
+        first = problem.backward(library, deterministic=True).clone()
+        assert_gradient(problem, first)
+        assert torch.equal(problem.backward(library, deterministic=True), first)
+        for plan in (*sort_plans(num_rows), None):
+            assert_gradient(problem, problem.backward(library, plan, scaled=True), scaled=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_gradients_of_several_widths(library, dtype):
+    problem = Problem(MIXED_WIDTHS[1], 4096, dtype)
+    problem.indices = problem.indices.t().contiguous().t()
+    dim = problem.total_dim
+    wide = torch.randn(4096, dim + 20, device="cuda").to(dtype)
+    for grad_output in (wide[:, 8 : 8 + dim], wide[:, 3 : 3 + dim], wide[:1, :dim].expand(4096, dim)):
+        problem.grad_output = grad_output
+        for plan in plans_for(problem, library):
+            assert_gradient(problem, problem.backward(library, plan))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inf_and_nan_stay_in_their_rows_of_several_widths(library, dtype):
+    problem = Problem([(20, 8), (30, 1), (9, 3), (40, 4)], 3000, dtype)
+    expected = torch.zeros(problem.numel, dtype=torch.bool, device="cuda")
+    column = 0
+    for t, (value, (_, dim)) in enumerate(zip((torch.inf, torch.nan, torch.inf, torch.nan), problem.sizes, strict=True)):
+        problem.grad_output[7, column + dim - 1] = value
+        expected[problem.offsets[t] + problem.indices[7, t] * dim + dim - 1] = True
+        column += dim
+    for plan in [*plans_for(problem, library), None]:
+        assert torch.equal(~torch.isfinite(problem.backward(library, plan)), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_small_tables_among_large_ones(library, dtype, deterministic):

@@ -9,6 +9,9 @@
 // One cooperative launch: the zeros of the gradient are written first, while the first tile is being grouped or read,
 // so the latency of the one hides behind the traffic of the other; after a grid-wide barrier come the additions. A
 // 16-bit gradient is summed in a float32 copy and rounded once after a second barrier.
+//
+// Tables of a call differ in how wide an access their columns allow. Where all allow one, the kernel is made for it;
+// where they do not, a kernel for all widths branches on the table's, so that they share the zeros and the barrier.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -30,11 +33,19 @@ constexpr int kUnroll = 4;       // gradient loads in flight in a thread; 8 spil
 constexpr int kMinSlotBits = 8;  // a slot a thread
 constexpr int kMaxLanes = 64;
 constexpr int kMaxTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
+constexpr int kMixed = 0;       // in place of the columns in an access: each table has its own
 constexpr int kItems = kMaxTile / kThreads;
 constexpr int kSamples = 2;  // lookups of a thread that are looked at for a hot row: 0.3 us each
 constexpr int kAhead = 2;    // of these before the indices are known; more spill
 constexpr int32_t kEmpty = -1;
 constexpr uint32_t kSkip = 0xffffffffu;
+
+// Columns in the widest access: 16 bytes of accumulators (see narrow_pack_bytes).
+template <typename scalar_t>
+constexpr int kWidest = 16 / sizeof(acc_t<scalar_t>);
+// And in the widest of a kernel.
+template <typename scalar_t, int kSize>
+constexpr int kLargest = kSize == kMixed ? kWidest<scalar_t> : kSize;
 
 // Atomics to one row queue. Measured: 1.8 ns a lookup of 16 bytes, 2.6 of 128, 5.3 of 512, 12 of 4096; in float64,
 // which are added one by one, 5 of 32, 20 of 256 to 1024, 45 of 8192.
@@ -63,6 +74,7 @@ struct TileTable {
   int32_t chunks;
   int32_t index_column;
   int32_t hot_count;  // a tile is grouped if a row stands so often among 32 neighbours
+  int32_t pack;       // columns in an access
 };
 
 struct TileParams {
@@ -107,7 +119,22 @@ struct TileShared {
 
 template <typename scalar_t, int kSize>
 int64_t shared_bytes(const TileParams& params) {
-  return 4 * (2 * params.slots + params.tile + kThreads / 32) + sizeof(Edges<acc_t<scalar_t>, kSize, kThreads>);
+  return 4 * (2 * params.slots + params.tile + kThreads / 32) +
+         sizeof(Edges<acc_t<scalar_t>, kLargest<scalar_t, kSize>, kThreads>);
+}
+
+// Calls f with the columns in an access of the table as a constant: the kernel's, or one of those that the type has.
+template <typename scalar_t, int kSize, typename Function>
+__device__ inline void with_pack(const TileTable& table, Function f) {
+  if constexpr (kSize != kMixed) {
+    f(std::integral_constant<int, kSize>{});
+  } else if (table.pack == 1) {
+    f(std::integral_constant<int, 1>{});
+  } else if (sizeof(scalar_t) == 4 && table.pack == 2) {
+    f(std::integral_constant<int, 2>{});
+  } else {
+    f(std::integral_constant<int, kWidest<scalar_t>>{});
+  }
 }
 
 __device__ inline void clear_slots(const TileShared& shared, const TileParams& params) {
@@ -239,13 +266,15 @@ struct TileShare {
            first_row * params.grad_output_stride;
     sums = static_cast<sum_t*>(params.sums) + table.weight_offset + column;
   }
-  // The gradients of lookups first + group, first + group + groups, ...
-  template <int kFrom, int kTo>
-  __device__ void load(const TileParams& params, int first, Pack<scalar_t, kSize>* value) const {
+  // The gradients of lookups first + group, first + group + groups, ... into packs that may be wider.
+  template <int kFrom, int kTo, int kColumns>
+  __device__ void load(const TileParams& params, int first, Pack<scalar_t, kColumns>* value) const {
 #pragma unroll
     for (int k = kFrom; k < kTo; ++k) {
       const int position = first + k * groups + group;
-      if (active && position < length) value[k] = load_once<kSize>(grad + position * params.grad_output_stride);
+      if (!active || position >= length) continue;
+      const Pack<scalar_t, kSize> loaded = load_once<kSize>(grad + position * params.grad_output_stride);
+      memcpy(&value[k], &loaded, sizeof(loaded));
     }
   }
 };
@@ -276,12 +305,13 @@ __device__ inline void wait_for_zeros(const TileParams& params) {
 
 // Adds each lookup of a tile to the gradient by itself, once it is zeroed: `*zeroed` says if that is known. `ahead`
 // holds this thread's first gradients.
-template <typename scalar_t, int kSize>
+template <typename scalar_t, int kSize, int kColumns>
 __device__ inline void add_lookups(const TileShared& shared, const TileParams& params, const TileTable& table,
-                                   int64_t first_row, int chunk, Pack<scalar_t, kSize> (&ahead)[kAhead], bool* zeroed) {
+                                   int64_t first_row, int chunk, const Pack<scalar_t, kColumns> (&ahead)[kAhead],
+                                   bool* zeroed) {
   const TileShare<scalar_t, kSize> share(params, table, first_row, chunk);
   for (int first = 0; first < share.length; first += share.groups * kUnroll) {
-    Pack<scalar_t, kSize> value[kUnroll] = {};  // for the reason in sum_runs
+    Pack<scalar_t, kColumns> value[kUnroll] = {};  // for the reason in sum_runs
     if (first > 0) {
       share.template load<0, kUnroll>(params, first, value);
     } else {
@@ -306,6 +336,7 @@ __device__ inline void add_lookups(const TileShared& shared, const TileParams& p
   }
 }
 
+// kSize: columns in an access, or kMixed.
 template <typename scalar_t, int kSize>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __grid_constant__ TileParams params) {
   using sum_t = acc_t<scalar_t>;
@@ -331,10 +362,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
     if (t != sampled_table) groups = table.hot_count != kNeverHot;
     if (groups) clear_slots(shared, params);
     // Asked for beside the indices where lookups may be added one by one.
-    Pack<scalar_t, kSize> value[kAhead] = {};
+    Pack<scalar_t, kLargest<scalar_t, kSize>> ahead[kAhead] = {};
     const bool samples = groups && t != sampled_table && table.hot_count != kAlwaysHot;
     if (samples || !groups) {
-      TileShare<scalar_t, kSize>(params, table, first_row, chunk).template load<0, kAhead>(params, 0, value);
+      with_pack<scalar_t, kSize>(table, [&](auto pack) {
+        const TileShare<scalar_t, decltype(pack)::value> share(params, table, first_row, chunk);
+        share.template load<0, kAhead>(params, 0, ahead);
+      });
     }
     load_rows(shared, params, table, first_row);
     if (samples) {
@@ -349,9 +383,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
         wait_for_zeros(params);
         zeroed = true;
       }
-      add_runs<scalar_t, kSize>(shared, params, table, first_row, chunk, total);
+      with_pack<scalar_t, kSize>(table, [&](auto pack) {
+        add_runs<scalar_t, decltype(pack)::value>(shared, params, table, first_row, chunk, total);
+      });
     } else {
-      add_lookups<scalar_t, kSize>(shared, params, table, first_row, chunk, value, &zeroed);
+      with_pack<scalar_t, kSize>(table, [&](auto pack) {
+        add_lookups<scalar_t, decltype(pack)::value>(shared, params, table, first_row, chunk, ahead, &zeroed);
+      });
     }
     __syncthreads();
   }
@@ -404,6 +442,13 @@ FeStatus launch(TileParams& params, Begin begin, const DeviceInfo& device, cudaS
                             "backward_tile");
 }
 
+// Calls f with the columns in an access (or kMixed) as a constant.
+template <typename scalar_t, typename Function>
+FeStatus dispatch_tile_pack(int32_t pack, Function&& f) {
+  if (pack == kMixed) return f(std::integral_constant<int, kMixed>{});
+  return dispatch_narrow_pack<scalar_t>(pack * static_cast<int64_t>(sizeof(scalar_t)), f);
+}
+
 // What a lookup's atomics hold up others to its row.
 double queue_microseconds(const FeBackwardArgs& args, const TableSlice& table) {
   const double row_bytes = static_cast<double>(table.embedding_dim) * accumulator_bytes(args.scalar_type);
@@ -435,14 +480,13 @@ int32_t hot_count(const FeBackwardArgs& args, const TableSlice& table) {
   return std::clamp(static_cast<int32_t>(std::ceil(32 * share)), least, kNeverHot);
 }
 
-// Tables whose rows allow accesses of one width, in one launch: a kernel for each width keeps them all in registers.
+// Up to kMaxTables tables.
 struct TileLaunch {
-  int64_t pack;  // bytes
   TileParams params;
   int64_t chunks = 0;  // of all tables
   bool all_grouped = true;
 
-  TileLaunch(int64_t pack_bytes, const TileParams& common) : pack(pack_bytes), params(common) {}
+  explicit TileLaunch(const TileParams& common) : params(common) {}
 
   void add(const FeBackwardArgs& args, const TableSlice& source) {
     TileTable& table = params.table[params.num_tables++];
@@ -453,9 +497,16 @@ struct TileLaunch {
     table.first_column = static_cast<int32_t>(source.first_column);
     table.index_column = static_cast<int32_t>(source.index_column);
     table.hot_count = hot_count(args, source);
-    split_columns(ceil_div(std::max<int64_t>(source.embedding_dim, 1) * scalar_bytes(args.scalar_type), pack), &table);
+    table.pack = static_cast<int32_t>(narrow_pack_bytes(args, source) / scalar_bytes(args.scalar_type));
+    split_columns(ceil_div(std::max<int64_t>(source.embedding_dim, 1), table.pack), &table);
     chunks += table.chunks;
     all_grouped = all_grouped && table.hot_count == kAlwaysHot;
+  }
+
+  // Columns in an access of all tables.
+  int32_t pack() const {
+    const auto differs = [&](const TileTable& table) { return table.pack != params.table[0].pack; };
+    return std::any_of(params.table, params.table + params.num_tables, differs) ? kMixed : params.table[0].pack;
   }
 
   // The smallest tile with which all work is under way at once, or else comes in equal rounds: larger ones merge more
@@ -471,14 +522,27 @@ struct TileLaunch {
     return static_cast<int32_t>(std::min<int64_t>(round_up(tile, step), kMaxTile));
   }
 
-  void lay_out(int32_t tile) {
+  // Blocks take items a round apart. Where rows differ in length the first round has the longest, and in every second
+  // one the shortest come first, so that no block has the longest of each.
+  void balance(int64_t rounds) {
+    const auto longer = [](const TileTable& a, const TileTable& b) { return a.lanes * a.chunks > b.lanes * b.chunks; };
+    std::stable_sort(params.table, params.table + params.num_tables, longer);
+    for (int64_t round = 1; round < rounds; round += 2) {
+      std::reverse(params.table + params.num_tables * round / rounds,
+                   params.table + params.num_tables * (round + 1) / rounds);
+    }
+  }
+
+  void lay_out(int32_t tile, int64_t blocks) {
+    const int64_t tiles = ceil_div(params.num_rows, tile);
+    if (pack() == kMixed) balance(ceil_div(tiles * chunks, blocks));
     params.tile = tile;
     params.slot_bits = kMinSlotBits;
     while (1 << params.slot_bits < 2 * tile) ++params.slot_bits;
     params.slots = 1 << params.slot_bits;
     for (int t = 0; t < params.num_tables; ++t) {
       params.first_work[t] = params.num_work;
-      params.num_work += static_cast<int32_t>(ceil_div(params.num_rows, tile) * params.table[t].chunks);
+      params.num_work += static_cast<int32_t>(tiles * params.table[t].chunks);
     }
   }
 };
@@ -506,25 +570,21 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
   common.grad_weight = args.grad_weight;
   common.grad_weight_numel = args.grad_weight_numel;
 
-  // A launch for each width and 64 tables. The first writes the zeros, the last rounds.
+  // A launch for every kMaxTables tables. The first writes the zeros, the last rounds.
   std::vector<TileLaunch> launches;
-  for (const TableSlice& table : call.tables) {
-    const int64_t pack = narrow_pack_bytes(args, table);
-    const auto takes = [&](const TileLaunch& launch) {
-      return launch.pack == pack && launch.params.num_tables < kMaxTables;
-    };
-    auto launch = std::find_if(launches.begin(), launches.end(), takes);
-    if (launch == launches.end()) launch = launches.emplace(launches.end(), pack, common);
-    launch->add(args, table);
+  for (size_t t = 0; t < call.tables.size(); ++t) {
+    if (t % kMaxTables == 0) launches.emplace_back(common);
+    launches.back().add(args, call.tables[t]);
   }
   launches.front().params.zero_first = 1;
   launches.back().params.round_last = scratch;
   launches.back().params.round_packs = reinterpret_cast<uintptr_t>(args.grad_weight) % 8 == 0;
+  const int64_t blocks = kBlocksPerSm * device.properties.num_sms;
   Begin begin = call.begin;
   for (TileLaunch& each : launches) {
-    each.lay_out(plan.tile > 0 ? plan.tile : each.best_tile(args.num_rows, kBlocksPerSm * device.properties.num_sms));
+    each.lay_out(plan.tile > 0 ? plan.tile : each.best_tile(args.num_rows, blocks), blocks);
     const FeStatus status = dispatch_scalar(args.scalar_type, [&](auto scalar) {
-      return dispatch_narrow_pack<decltype(scalar)>(each.pack, [&](auto size) {
+      return dispatch_tile_pack<decltype(scalar)>(each.pack(), [&](auto size) {
         return launch<decltype(scalar), decltype(size)::value>(each.params, begin, device, stream);
       });
     });
