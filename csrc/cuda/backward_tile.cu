@@ -24,16 +24,15 @@ namespace fast_embedding {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 3;  // 4 leave 64 registers a thread, and spill
+constexpr int kBlocksPerSm = 3;  // 4 leave 64 registers a thread: bfloat16 and float64 spill
 constexpr int kMaxTile = 1024;
 constexpr int kTileStep = 32;
 constexpr int64_t kMaxGroupedInSmallTiles = 4096;
 constexpr int kRoundPack = 4;
-constexpr int kUnroll = 4;       // gradient loads in flight in a thread; 8 spill
+constexpr int kUnroll = 4;       // gradient loads in flight in a thread; 8 spill in bfloat16 and float64
 constexpr int kMinSlotBits = 8;  // a slot a thread
 constexpr int kMaxLanes = 64;
 constexpr int kMaxTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
-constexpr int kMixed = 0;       // in place of the columns in an access: each table has its own
 constexpr int kItems = kMaxTile / kThreads;
 constexpr int kSamples = 2;  // lookups of a thread that are looked at for a hot row: 0.3 us each
 constexpr int kAhead = 2;    // of these before the indices are known; more spill
@@ -121,20 +120,6 @@ template <typename scalar_t, int kSize>
 int64_t shared_bytes(const TileParams& params) {
   return 4 * (2 * params.slots + params.tile + kThreads / 32) +
          sizeof(Edges<acc_t<scalar_t>, kLargest<scalar_t, kSize>, kThreads>);
-}
-
-// Calls f with the columns in an access of the table as a constant: the kernel's, or one of those that the type has.
-template <typename scalar_t, int kSize, typename Function>
-__device__ inline void with_pack(const TileTable& table, Function f) {
-  if constexpr (kSize != kMixed) {
-    f(std::integral_constant<int, kSize>{});
-  } else if (table.pack == 1) {
-    f(std::integral_constant<int, 1>{});
-  } else if (sizeof(scalar_t) == 4 && table.pack == 2) {
-    f(std::integral_constant<int, 2>{});
-  } else {
-    f(std::integral_constant<int, kWidest<scalar_t>>{});
-  }
 }
 
 __device__ inline void clear_slots(const TileShared& shared, const TileParams& params) {
@@ -365,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
     Pack<scalar_t, kLargest<scalar_t, kSize>> ahead[kAhead] = {};
     const bool samples = groups && t != sampled_table && table.hot_count != kAlwaysHot;
     if (samples || !groups) {
-      with_pack<scalar_t, kSize>(table, [&](auto pack) {
+      with_pack<scalar_t, kSize, kWidest<scalar_t>>(table.pack, [&](auto pack) {
         const TileShare<scalar_t, decltype(pack)::value> share(params, table, first_row, chunk);
         share.template load<0, kAhead>(params, 0, ahead);
       });
@@ -383,11 +368,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
         wait_for_zeros(params);
         zeroed = true;
       }
-      with_pack<scalar_t, kSize>(table, [&](auto pack) {
+      with_pack<scalar_t, kSize, kWidest<scalar_t>>(table.pack, [&](auto pack) {
         add_runs<scalar_t, decltype(pack)::value>(shared, params, table, first_row, chunk, total);
       });
     } else {
-      with_pack<scalar_t, kSize>(table, [&](auto pack) {
+      with_pack<scalar_t, kSize, kWidest<scalar_t>>(table.pack, [&](auto pack) {
         add_lookups<scalar_t, decltype(pack)::value>(shared, params, table, first_row, chunk, ahead, &zeroed);
       });
     }

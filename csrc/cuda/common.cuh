@@ -62,6 +62,24 @@ constexpr int kWide = 16 / sizeof(scalar_t);
 template <typename scalar_t>
 constexpr int kHalf = 8 / sizeof(scalar_t);
 
+// In place of these, for a kernel that serves tables of several widths: each table has its own.
+constexpr int kMixed = 0;
+
+// Calls f with the columns in an access as a constant: kSize, or if that is kMixed the one of kWidest, kHalf and 1 that
+// `pack` is.
+template <typename scalar_t, int kSize, int kWidest, typename Function>
+__device__ inline void with_pack(int pack, Function f) {
+  if constexpr (kSize != kMixed) {
+    f(std::integral_constant<int, kSize>{});
+  } else if (pack == 1) {
+    f(std::integral_constant<int, 1>{});
+  } else if (1 < kHalf<scalar_t> && kHalf<scalar_t> < kWidest && pack == kHalf<scalar_t>) {
+    f(std::integral_constant<int, kHalf<scalar_t>>{});
+  } else {
+    f(std::integral_constant<int, kWidest>{});
+  }
+}
+
 template <int kBytes>
 struct Word;
 template <>

@@ -13,6 +13,7 @@ struct SumTable {
   int32_t first_column;
   int32_t lanes;
   int32_t chunks;  // work item first_work + i is column chunk i % chunks of part i / chunks
+  int32_t pack;    // columns in an access
 };
 
 struct SumParams {
@@ -46,22 +47,15 @@ class SortedSums {
   FeStatus enqueue(void* flags, void* partials, cudaStream_t stream);
 
  private:
-  // The tables whose rows allow accesses of one width, in one launch.
-  struct Launch {
-    int64_t pack;  // bytes
-    SumParams params{};
-    int64_t work = 0;
-    int64_t partial_stride = 0;
-  };
-
-  int64_t partials_bytes(const Launch& launch) const;
   template <typename scalar_t, int kSize>
-  FeStatus start(const Launch& launch, cudaStream_t stream) const;
+  FeStatus start(cudaStream_t stream) const;
 
   const FeBackwardArgs& args_;
   const DeviceInfo& device_;
   bool fits_;
-  Launch launches_[3];
+  SumParams params_{};
+  int64_t work_ = 0;
+  int64_t partial_stride_ = 0;
 };
 
 }  // namespace fast_embedding
