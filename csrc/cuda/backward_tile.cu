@@ -169,18 +169,27 @@ static __noinline__ __device__ void fail_in_tile(const TileParams& params, const
 // back what it has written, or waits.
 __device__ inline void load_rows(const TileShared& shared, const TileParams& params, const TileTable& table,
                                  int64_t first_row) {
-  uint32_t row[kItems];
-  bool in_range = true;  // checked together: a branch behind each load would make the next load wait for it
+  // All loads, then all checks: a use of one index would make the next load wait for it.
+  const auto has = [&](int position) { return position < params.tile && first_row + position < params.num_rows; };
+  int64_t index[kItems];
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     const int position = k * kThreads + threadIdx.x;
-    row[k] = kSkip;
-    if (position < params.tile && first_row + position < params.num_rows) {
-      const int64_t index =
+    index[k] = 0;
+    if (has(position)) {
+      index[k] =
           load_index(params.indices, params.index_type,
                      (first_row + position) * params.index_row_stride + table.index_column * params.index_table_stride);
-      in_range = in_range && is_in_range(index, table.num_embeddings);  // nor is a negative int32, as V < 2^31
-      if (index != table.padding_idx) row[k] = static_cast<uint32_t>(index);
+    }
+  }
+  uint32_t row[kItems];
+  bool in_range = true;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    row[k] = kSkip;
+    if (has(k * kThreads + threadIdx.x)) {
+      in_range = in_range && is_in_range(index[k], table.num_embeddings);  // nor is a negative int32, as V < 2^31
+      if (index[k] != table.padding_idx) row[k] = static_cast<uint32_t>(index[k]);
     }
   }
   if (!in_range) fail_in_tile(params, table, first_row);
