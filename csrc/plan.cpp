@@ -24,6 +24,10 @@ constexpr int64_t kMaxPrivateNumel = 512;
 constexpr int64_t kMinPrivateIndices = 131072;
 constexpr int64_t kMaxPrivateNumelForSort = 2048;
 constexpr int64_t kMinPrivateIndicesForSort = kMaxOwnIndicesForSort;
+// PRIVATE in registers: see backward_few_rows.cu. Every block of it takes up to 64 accesses of a row side by side.
+constexpr int64_t kMaxFewRows = 16;
+constexpr int64_t kMinFewRowsIndices = 4096;
+constexpr int64_t kFewRowsColumnsPerSm = 32;  // more would leave SMs idle, or not fit
 // Sorting costs 15 to 70 us whatever the columns; then a row costs one read and one write. See sorting_pays().
 constexpr int64_t kMinSortRowBytes = 512;
 constexpr int64_t kMinSortGradientBytes = int64_t{192} << 20;
@@ -116,6 +120,29 @@ bool plan_private(const FePlanQuery& query, bool instead_of_sort, FePlan* plan) 
   plan->strategy = FE_STRATEGY_PRIVATE;
   plan->threads = static_cast<int32_t>(threads);
   plan->splits = static_cast<int32_t>(std::clamp<double>(best, 1, query.device.num_sms));
+  return true;
+}
+
+// Whether float64 is added at half of float32's rate, and not at a thirty-second or less.
+bool float64_is_fast(const FeDevice& device) {
+  const int32_t capability = device.compute_capability;
+  return capability == 70 || capability == 80 || capability == 90 || capability == 100;
+}
+
+// A thread has a sum in registers for each row and adds to all of them, to all but one under a predicate that is false.
+// In microseconds on an H200, launch and barrier take 5, the sums of blocks 2, and the rest goes at the speed of memory
+// up to some ten rows, of instructions beyond, where the other kernels go no faster.
+bool plan_few_rows(const FePlanQuery& query, bool instead_of_sort, FePlan* plan) {
+  const int64_t min_indices = instead_of_sort ? kMinPrivateIndicesForSort : kMinFewRowsIndices;
+  if (query.num_tables != 1 || query.num_embeddings == 0 || query.num_embeddings > kMaxFewRows ||
+      query.embedding_dim == 0 || query.embedding_dim > kFewRowsColumnsPerSm * query.device.num_sms ||
+      query.num_indices < min_indices) {
+    return false;
+  }
+  if (query.scalar_type == FE_FLOAT64 && !float64_is_fast(query.device)) return false;
+  plan->strategy = FE_STRATEGY_PRIVATE;
+  plan->threads = 0;
+  plan->splits = query.device.num_sms;
   return true;
 }
 
@@ -258,8 +285,8 @@ extern "C" FeStatus fe_plan_embedding_backward(const FePlanQuery* query, FePlan*
     plan_sort(*query, cluster, plan);
   } else if (query->num_tables == 1 && query->num_indices <= (sorts ? kMaxOwnIndicesForSort : kMaxOwnIndices)) {
     plan->strategy = FE_STRATEGY_OWN;
-  } else if (!scaled && plan_private(*query, sorts, plan)) {
-    // plan_private has filled it in.
+  } else if (!scaled && (plan_few_rows(*query, sorts, plan) || plan_private(*query, sorts, plan))) {
+    // That has filled it in.
   } else if (sorts) {
     plan_sort(*query, cluster, plan);
   } else {

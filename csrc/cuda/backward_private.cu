@@ -44,7 +44,7 @@ struct PrivateParams {
   int32_t lanes;         // columns of a block: threads that share a row
   int32_t copies;        // of the tables in a block
   int32_t splits;
-  int32_t threads_per_sum;  // phase 2: threads that sum one element's partials; a power of two up to 32
+  int32_t threads_per_sum;  // phase 2
   int32_t num_rows;
   int32_t zeroes_around;  // the only table
   FeIndexType index_type;
@@ -57,13 +57,6 @@ struct PrivateParams {
   int64_t grad_weight_numel;
   void* partials;  // [splits, num_elements] accumulators
 };
-
-// Sums over lanes of an aligned group of `width` threads, in a fixed order; the first lane has the result.
-template <typename T>
-__device__ inline T sum_group(T value, int width) {
-  for (int delta = width / 2; delta > 0; delta /= 2) value += __shfl_down_sync(0xffffffffu, value, delta, width);
-  return value;
-}
 
 // Finds which of a thread's indices is out of range, and fails.
 template <typename index_t>
@@ -161,28 +154,12 @@ __device__ inline void sum_copies(const PrivateParams<kTables>& params, int firs
 // Phase 2.
 template <typename scalar_t, int kTables>
 __device__ inline void sum_splits(const PrivateParams<kTables>& params) {
-  using sum_t = acc_t<scalar_t>;
-  const int width = params.threads_per_sum;
-  const int block = blockIdx.y * gridDim.x + blockIdx.x;
-  const int step = static_cast<int>(gridDim.x * gridDim.y * blockDim.x) / width;
-  const int member = threadIdx.x % width;
-  for (int first = 0; first < params.num_elements; first += step) {
-    const int element = first + static_cast<int>(block * blockDim.x + threadIdx.x) / width;
-    const bool exists = element < params.num_elements;
-    const sum_t* partial = static_cast<const sum_t*>(params.partials) + element;
-    sum_t total = 0;
-    if (exists) {
-#pragma unroll 8
-      for (int split = member; split < params.splits; split += width) {
-        total += partial[static_cast<int64_t>(split) * params.num_elements];
-      }
-    }
-    total = sum_group(total, width);
-    if (exists && member == 0) {
-      const int t = kTables > 1 ? find_last(params.first_element, params.num_tables, element) : 0;
-      write_sum<scalar_t>(params, params.table[t], element - params.first_element[t], total);
-    }
-  }
+  const auto write = [&](int element, acc_t<scalar_t> total) {
+    const int t = kTables > 1 ? find_last(params.first_element, params.num_tables, element) : 0;
+    write_sum<scalar_t>(params, params.table[t], element - params.first_element[t], total);
+  };
+  sum_partials(static_cast<const acc_t<scalar_t>*>(params.partials), params.splits, params.num_elements,
+               params.threads_per_sum, write);
 }
 
 template <typename scalar_t, int kTables>
@@ -263,11 +240,7 @@ FeStatus launch(PrivateParams<kTables> params, int threads, Begin begin, const D
     kernel<<<grid, threads, shared_bytes, stream>>>(params);
     return check_cuda(cudaGetLastError(), "backward_private");
   }
-  const int64_t grid_threads = static_cast<int64_t>(grid.x) * grid.y * threads;
-  params.threads_per_sum = 1;
-  while (params.threads_per_sum < 32 && int64_t{params.num_elements} * params.threads_per_sum * 2 <= grid_threads) {
-    params.threads_per_sum *= 2;
-  }
+  params.threads_per_sum = threads_per_sum(params.num_elements, static_cast<int64_t>(grid.x) * grid.y * threads);
   return launch_cooperative(kernel, grid, dim3(threads), shared_bytes, params, begin, device, stream,
                             "backward_private");
 }
@@ -353,6 +326,9 @@ FeStatus run(const FePlan& plan, const BackwardCall& call, const DeviceInfo& dev
 
 FeStatus backward_private(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                           size_t* workspace_bytes, cudaStream_t stream) {
+  if (plan.threads == 0 && call.tables.size() == 1 && call.tables[0].num_embeddings <= kMaxFewRows) {
+    return backward_few_rows(plan, call, device, workspace, workspace_bytes, stream);
+  }
   if (call.args.combination == FE_SUM) {
     return backward_private_sum(plan, call, device, workspace, workspace_bytes, stream);
   }
