@@ -1,6 +1,9 @@
 """Every CUDA kernel and template instance by its plan, through the C ABI, against float64."""
 
+import subprocess
+import sys
 from ctypes import byref, c_size_t, c_void_p
+from pathlib import Path
 
 import abi
 import pytest
@@ -274,7 +277,21 @@ def plans_for(problem, library, deterministic=False):
         threads = min(1024, shared_bytes // (rows * width + 1)) // 32 * 32
         if threads:
             plans += [abi.Plan(abi.PRIVATE, threads=threads, splits=splits) for splits in (1, 7, 132)]
+    if is_few_rows(problem):
+        plans += FEW_ROWS_PLANS
     return plans
+
+
+# Sums in registers: by one block, and by some that share the rows.
+FEW_ROWS_PLANS = [abi.Plan(abi.PRIVATE, threads=0, splits=splits) for splits in (1, 7, 132)]
+
+
+def is_few_rows(problem):
+    return (
+        len(problem.sizes) == 1
+        and problem.sizes[0][0] <= 16
+        and problem.sizes[0][1] <= 64 * device_properties().num_sms
+    )
 
 
 ONE_TABLE = [
@@ -355,6 +372,100 @@ def test_scaled_backward_by_every_plan(library, size, num_rows, dtype):
         problem = Problem([size], num_rows, dtype, index_dtype, distribution, padding, offset)
         for plan in [*sort_plans(num_rows), *([abi.Plan(abi.OWN)] if num_rows <= 2048 else []), None]:
             assert_gradient(problem, problem.backward(library, plan, scaled=True), scaled=True)
+
+
+# By the sums that a thread has (4, 10, 16) and the columns of an access; lanes that divide a block, and not; several
+# slices of columns.
+FEW_ROWS = [
+    (1, 1),
+    (3, 128),
+    (4, 8),
+    (4, 12),
+    (5, 20),
+    (9, 6),
+    (10, 4),
+    (16, 300),
+    (13, 31),
+    (16, 3),
+    (2, 5000),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", FEW_ROWS, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 77, 5000, 100_000])
+def test_few_rows(library, size, num_rows, dtype):
+    num_rows = min(num_rows, 20_000_000 // size[1])
+    for distribution, index_dtype, padding, offset in CASES:
+        problem = Problem([size], num_rows, dtype, index_dtype, distribution, padding, offset)
+        for plan in [*FEW_ROWS_PLANS, None]:
+            first = problem.backward(library, plan, deterministic=True).clone()
+            assert_gradient(problem, first)
+            assert torch.equal(problem.backward(library, plan, deterministic=True), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [4, 10, 16])
+def test_few_rows_of_strided_arguments(library, rows, dtype):
+    problem = Problem([(rows, 16)], 50_000, dtype, padding=True)
+    problem.indices = torch.randint(0, rows, (50_000, 3), device="cuda")[:, 1:2]  # 24 bytes apart
+    wide = torch.randn(50_000, 40, device="cuda").to(dtype)
+    for grad_output in (wide[:, 8:24], wide[:, 4:20], wide[:, 3:19], wide[:1, :16].expand(50_000, 16)):
+        problem.grad_output = grad_output
+        for plan in FEW_ROWS_PLANS:
+            assert_gradient(problem, problem.backward(library, plan))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [4, 10, 16])
+@pytest.mark.parametrize("dim", [12, 13])
+def test_few_rows_keep_inf_and_nan_in_their_rows(library, rows, dim, dtype):
+    problem = Problem([(rows, dim)], 9001, dtype)
+    problem.padding = [2]
+    problem.tables[0].padding_idx = 2
+    first, second, padded = ((problem.indices[:, 0] == row).nonzero()[0] for row in (1, 3, 2))
+    problem.grad_output[first, 5] = torch.inf
+    problem.grad_output[second, 6] = torch.nan
+    problem.grad_output[padded] = torch.nan
+    for plan in [*FEW_ROWS_PLANS, None]:
+        actual = problem.backward(library, plan).view(rows, dim)
+        assert actual[1, 5] == torch.inf
+        assert actual[3, 6].isnan()
+        assert (actual[2] == 0).all()
+        assert torch.isfinite(actual).sum() == actual.numel() - 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_around_few_rows_is_zeroed(library, dtype):
+    problem = Problem([(10, 12)], 30_000, dtype)
+    problem.offsets = [1001]
+    problem.tables[0].weight_offset = 1001
+    for behind in (0, 70_000):
+        problem.numel = 1001 + 120 + behind
+        problem.grad_weight = problem.buffer(problem.numel, 0)
+        for plan in [*FEW_ROWS_PLANS, None]:
+            assert_gradient(problem, problem.backward(library, plan))
+
+
+@pytest.mark.parametrize(
+    ("index", "dtype"), [(12345, torch.int64), (-1, torch.int32), (-1, torch.int64), (2**32 + 1, torch.int64)], ids=str
+)
+def test_few_rows_check_their_indices(index, dtype):
+    """In a process of its own: an assertion ends the CUDA context. The last index's low word names a row."""
+    program = f"""
+import abi, torch
+from test_cuda_kernels import Problem
+problem = Problem([(10, 4)], 50_000, torch.float32, {dtype})
+problem.indices[43_210] = {index}
+problem.backward(abi.load_cuda(abi.library_path("cuda")), abi.Plan(abi.PRIVATE, splits=132))
+torch.cuda.synchronize()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300
+    )
+    text = result.stdout + result.stderr
+    assert result.returncode != 0, text
+    assert f"index {index} is out of range for an embedding of 10 rows" in text
 
 
 def test_scaled_backward_of_many_tables(library):
@@ -602,6 +713,16 @@ def test_small_tables_of_a_sum_read_the_gradient_once(library, dtype):
             assert torch.equal(problem.backward(library, deterministic=True), first)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_beside_a_large_table_of_a_sum(library, dtype):
+    """A launch behind another, which has written the other table."""
+    sizes = summed([8, 5000], 300)
+    assert private_tables(library, sizes, 100_000, dtype, False, abi.SUM) == [True, False]
+    for distribution, index_dtype, padding, offset in CASES:
+        problem = Problem(sizes, 100_000, dtype, index_dtype, distribution, padding, offset, abi.SUM)
+        assert_gradient(problem, problem.backward(library))
+
+
 def test_sums_keep_inf_and_nan_in_their_rows(library):
     problem = Problem(summed([5, 2, 2], 70), 4000, torch.float32, combination=abi.SUM, padding=True)
     first, padded = (
@@ -697,6 +818,7 @@ def test_plans_that_do_not_fit_are_refused(library):
     problem = Problem([(300, 8)], 1000, torch.float32)
     for plan in (
         abi.Plan(abi.PRIVATE, threads=1024, splits=132),  # more shared memory than there is
+        abi.Plan(abi.PRIVATE, threads=0, splits=132),  # more rows than fit registers
         abi.Plan(abi.TILE, tile=100),
         abi.Plan(abi.TILE, tile=2048),
         abi.Plan(abi.SORT, tile=0, digit_bits=10, sort_tile=8192),

@@ -32,7 +32,10 @@ def plan(library):
         (10, 4, 1 << 20, abi.PRIVATE),
         (32, 12, 262144, abi.PRIVATE),
         (100, 16, 65536, abi.TILE),
-        (2, 768, 16384, abi.TILE),
+        (2, 768, 16384, abi.PRIVATE),
+        (16, 4096, 4096, abi.PRIVATE),
+        (17, 4096, 4096, abi.TILE),
+        (10, 4, 4095, abi.TILE),
         (256, 64, 65536, abi.TILE),
         (119, 300, 100000, abi.TILE),
         (50257, 768, 16384, abi.SORT),
@@ -57,12 +60,25 @@ def test_float32_strategies(plan, v, d, n, strategy):
         (1000, 64, 2048, abi.OWN),
         (100, 16, 65536, abi.PRIVATE),
         (2, 768, 16384, abi.PRIVATE),
+        (16, 4096, 2049, abi.PRIVATE),
         (256, 64, 65536, abi.SORT),
         (50257, 768, 131072, abi.SORT),
     ],
 )
 def test_deterministic_strategies(plan, v, d, n, strategy):
     assert abi.STRATEGIES[plan(v, d, n, deterministic=True).strategy] == abi.STRATEGIES[strategy]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_few_rows_are_summed_in_registers(plan, deterministic):
+    for scalar_type in range(4):
+        for v, d, n in ((1, 1, 4096), (10, 4, 1 << 20), (16, 4224, 1 << 20)):
+            chosen = plan(v, d, n, scalar_type, deterministic)
+            assert (chosen.strategy, chosen.threads, chosen.splits) == (abi.PRIVATE, 0, H200.num_sms)
+    assert plan(17, 4, 1 << 20, deterministic=deterministic).threads > 0
+    assert plan(16, 4225, 1 << 20, deterministic=deterministic).strategy != abi.PRIVATE  # more slices than blocks fill
+    assert plan(10, 4, 1 << 20, abi.FLOAT32, deterministic, T4).threads == 0
+    assert plan(10, 4, 1 << 20, abi.FLOAT64, deterministic, T4).threads > 0  # adds it at a thirty-second of the rate
 
 
 @pytest.mark.parametrize(
@@ -219,8 +235,12 @@ def test_every_plan_is_one_that_its_kernel_takes(plan, scalar_type, deterministi
                         assert n <= 2048
                     elif chosen.strategy == abi.PRIVATE:
                         assert num_tables == 1
-                        assert chosen.threads in range(32, 1025, 32)
-                        assert chosen.threads * v * accumulator <= device.shared_bytes_per_block
+                        if chosen.threads == 0:
+                            assert v <= 16
+                            assert d <= 64 * device.num_sms
+                        else:
+                            assert chosen.threads in range(32, 1025, 32)
+                            assert chosen.threads * v * accumulator <= device.shared_bytes_per_block
                         assert 1 <= chosen.splits <= device.num_sms
                     elif chosen.strategy == abi.TILE:
                         assert not deterministic

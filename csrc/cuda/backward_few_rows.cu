@@ -1,8 +1,8 @@
-// PRIVATE for one table of few rows: the sums are in registers. A thread owns a pack of neighbouring columns and a share
-// of the lookups. It has a sum for every row of the table, and adds a pack to the row that the index names by a compare
-// and predicated additions, so the index addresses nothing, a hot row is as fast as any other, and what is infinite
-// stays in its row. In shared memory (backward_private.cu) an addition is a read and a write, which bound the kernel,
-// and a wide pack of columns leaves room for too few threads. One launch:
+// PRIVATE for one table of few rows: the sums are in registers. A thread owns a pack of neighbouring columns and a
+// share of the lookups. It has a sum for every row of the table, and adds a pack under a predicate: the index is
+// compared with every row and addresses nothing, a hot row is as fast as any other, and what is infinite stays in its
+// row. In shared memory (backward_private.cu) an addition is a read and a write, and wide packs leave room for too few
+// threads. One launch:
 //
 //   1. a block's threads sum their shares, and the block sums what its threads have, through shared memory;
 //   2. after a grid-wide barrier all threads sum the blocks' sums, in order, and write every element once.
@@ -16,22 +16,22 @@ namespace fast_embedding {
 namespace {
 
 constexpr int kThreads = 512;  // of up to 128 registers
-constexpr int kMaxLanes = 64;  // threads that share a row: a block leaves as few partial sums as its registers hold
+constexpr int kMaxLanes = 64;  // threads that share a row; more would leave more partial sums of each element
 constexpr int kFanIn = 8;      // copies that a thread sums at a time
-constexpr int kMinRows = 2;    // a thread's share at the least
+constexpr int kMinShare = 2;   // lookups of a thread
 
-template <typename scalar_t, int kRows, int kColumns>
-constexpr int kRegistersOfSums = kRows * kColumns * static_cast<int>(sizeof(acc_t<scalar_t>)) / 4;
-
-// Lookups in flight in a thread, of a pack and an index each: what fits beside the sums, but no more than memory takes.
+// Lookups in flight in a thread: as many as fit beside the sums, but no more than the memory has use for.
 template <typename scalar_t, int kColumns>
 constexpr int kPackRegisters = (kColumns * static_cast<int>(sizeof(scalar_t)) + 3) / 4;
+template <typename scalar_t, int kColumns>
+constexpr int kMostInFlight = sizeof(scalar_t) == 8                     ? 6
+                              : kPackRegisters<scalar_t, kColumns> == 4 ? 8
+                                                                        : 12;
 template <typename scalar_t, int kRows, int kColumns>
-constexpr int kInFlight = std::min((96 - kRegistersOfSums<scalar_t, kRows, kColumns>) /
-                                       (kPackRegisters<scalar_t, kColumns> + 2),
-                                   sizeof(scalar_t) == 8                        ? 6
-                                   : kPackRegisters<scalar_t, kColumns> < 4 ? 12
-                                                                            : 8);
+constexpr int kSumRegisters = kRows * kColumns * static_cast<int>(sizeof(acc_t<scalar_t>)) / 4;
+template <typename scalar_t, int kRows, int kColumns>
+constexpr int kInFlight = std::min(kMostInFlight<scalar_t, kColumns>, (94 - kSumRegisters<scalar_t, kRows, kColumns>) /
+                                                                          (kPackRegisters<scalar_t, kColumns> + 2));
 
 struct FewRowsParams {
   int64_t weight_offset;
@@ -82,7 +82,7 @@ __noinline__ __device__ void fail_in_share(const FewRowsParams& params, Share sh
   }
 }
 
-// Adds a thread's lookups, and returns whether their indices are in range. Those that are not name no sum.
+// Adds a thread's lookups, and returns whether all of their indices are in range.
 template <typename scalar_t, int kRows, int kColumns>
 __device__ inline bool accumulate(const FewRowsParams& params, Share share, int pack,
                                   acc_t<scalar_t> (&sum)[kRows][kColumns]) {
@@ -132,7 +132,7 @@ __device__ inline bool accumulate(const FewRowsParams& params, Share share, int 
   return in_range;
 }
 
-// Sums the copies into the first. Row v of thread t is at [v * blockDim.x + t]; step by step the copies are an eighth.
+// Sums the copies into the first. Row v of thread t is at [v * blockDim.x + t]; each step leaves an eighth of them.
 template <typename sum_t, int kColumns>
 __device__ inline void sum_copies(const FewRowsParams& params, Pack<sum_t, kColumns>* sums) {
   for (int copies = params.copies; copies > 1;) {
@@ -290,7 +290,7 @@ FeStatus backward_few_rows(const FePlan& plan, const BackwardCall& call, const D
   params.lanes = static_cast<int32_t>(ceil_div(packs, slices));
   params.copies = threads / params.lanes;
   if (params.copies == 0) return FE_INVALID_ARGUMENT;
-  const int64_t filled = args.num_rows / (kMinRows * params.copies);
+  const int64_t filled = args.num_rows / (kMinShare * params.copies);
   const int64_t most = std::min({int64_t{plan.splits}, device.properties.num_sms / slices, filled});
   params.splits = static_cast<int32_t>(std::max<int64_t>(1, most));
   const size_t needed =
@@ -309,8 +309,8 @@ FeStatus backward_few_rows(const FePlan& plan, const BackwardCall& call, const D
   params.num_rows = static_cast<int32_t>(args.num_rows);
   params.index_type = args.index_type;
   params.index_bytes = args.index_type == FE_INT64 ? 8 : 4;
-  params.indices = static_cast<const char*>(args.indices) +
-                   table.index_column * args.index_table_stride * params.index_bytes;
+  params.indices =
+      static_cast<const char*>(args.indices) + table.index_column * args.index_table_stride * params.index_bytes;
   params.index_row_stride = args.index_row_stride;
   params.grad_output = static_cast<const char*>(args.grad_output) + table.first_column * scalar;
   params.grad_output_stride = args.grad_output_stride;
@@ -322,8 +322,8 @@ FeStatus backward_few_rows(const FePlan& plan, const BackwardCall& call, const D
   return dispatch_scalar(args.scalar_type, [&](auto element) {
     using scalar_t = decltype(element);
     return dispatch<scalar_t>(table.num_embeddings, bytes, [&](auto rows, auto width) {
-      return launch<scalar_t, rows(), width()>(params, grid, threads, threads * thread_bytes, call.begin, device,
-                                               stream);
+      return launch<scalar_t, decltype(rows)::value, decltype(width)::value>(
+          params, grid, threads, threads * thread_bytes, call.begin, device, stream);
     });
   });
 }
