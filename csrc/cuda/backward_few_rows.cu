@@ -30,7 +30,7 @@ constexpr int kMostInFlight = sizeof(scalar_t) == 8                     ? 6
 template <typename scalar_t, int kRows, int kColumns>
 constexpr int kSumRegisters = kRows * kColumns * static_cast<int>(sizeof(acc_t<scalar_t>)) / 4;
 template <typename scalar_t, int kRows, int kColumns>
-constexpr int kInFlight = std::min(kMostInFlight<scalar_t, kColumns>, (94 - kSumRegisters<scalar_t, kRows, kColumns>) /
+constexpr int kInFlight = std::min(kMostInFlight<scalar_t, kColumns>, (96 - kSumRegisters<scalar_t, kRows, kColumns>) /
                                                                           (kPackRegisters<scalar_t, kColumns> + 2));
 
 struct FewRowsParams {
