@@ -279,7 +279,7 @@ __device__ inline void add_runs(const TileShared& shared, const TileParams& para
                                 int64_t first_row, int chunk, uint32_t total) {
   using sum_t = acc_t<scalar_t>;
   const TileShare<scalar_t, kSize> share(params, table, first_row, chunk);
-  sum_runs<scalar_t, kSize, kUnroll>(
+  sum_runs<scalar_t, kSize, kUnroll, true>(
       total, table.lanes, share.active, *static_cast<Edges<sum_t, kSize, kThreads>*>(shared.edges),
       [&](uint32_t i) { return shared.grouped[i] & 0xffffu; },
       [&](uint32_t i) { return share.grad + (shared.grouped[i] >> 16) * params.grad_output_stride; },

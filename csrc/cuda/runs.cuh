@@ -43,9 +43,13 @@ struct Edges {
 //   gradient_at(i)       where entry i's columns of this thread stand in grad_output
 //   emit(row, sum)       takes a finished run
 //
+// What a load that is left out would leave is kept in registers, and that through the whole kernel, unless it is zero:
+// kSaveRegisters says that it should be.
+//
 // All threads of the block must call; those with `active` work. Ends with the block's threads apart: a barrier is due
 // before the list or the edges are written again.
-template <typename scalar_t, int kSize, int kUnroll, int kThreads, typename RowAt, typename GradientAt, typename Emit>
+template <typename scalar_t, int kSize, int kUnroll, bool kSaveRegisters, int kThreads, typename RowAt,
+          typename GradientAt, typename Emit>
 __device__ inline void sum_runs(uint32_t length, int lanes, bool active, Edges<acc_t<scalar_t>, kSize, kThreads>& edges,
                                 RowAt row_at, GradientAt gradient_at, Emit emit) {
   using sum_t = acc_t<scalar_t>;
@@ -69,9 +73,11 @@ __device__ inline void sum_runs(uint32_t length, int lanes, bool active, Edges<a
     };
     for (uint32_t i = begin; i < end; i += kUnroll) {
       uint32_t row[kUnroll];
-      // Zeros, since what a load that is left out would leave has to be kept, and that through the whole kernel: 68
-      // registers in place of 80.
-      Pack<scalar_t, kSize> value[kUnroll] = {};
+      Pack<scalar_t, kSize> value[kUnroll];
+      if constexpr (kSaveRegisters) {
+#pragma unroll
+        for (int k = 0; k < kUnroll; ++k) value[k] = {};
+      }
 #pragma unroll
       for (int k = 0; k < kUnroll; ++k) {
         const uint32_t at = min(i + k, end - 1);

@@ -22,6 +22,7 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kItems = 16;                   // entries of a thread in a tile, at the most
 constexpr int kMaxTile = kThreads * kItems;  // entries ranked at a time
+constexpr int kReads = 4;                    // of indices in flight in a thread
 constexpr int kMinDigitBits = 3;             // counts are read eight at a time
 constexpr int64_t kMaxChunk = 32768;         // counts are of 16 bits
 constexpr int64_t kMinChunk = kThreads;
@@ -92,19 +93,28 @@ struct Tile {
 // Reads the entries of a tile, and in the first pass checks their indices.
 __device__ inline void read_tile(const SortParams& params, const Item& item, Tile& tile) {
   if (item.source == nullptr) {
-    // All loads, then all checks: a use of one index would make the next load wait for it.
-    int64_t index[kItems];
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      index[k] = tile.has(k) ? read_index(params, item.table, tile.begin + tile.at(k)) : 0;
-    }
+    // Some loads, then their checks: a use of an index would make the next load wait for it.
+    const int64_t first = (tile.begin + tile.at(0)) * params.index_row_stride +
+                          item.table.index_column * params.index_table_stride;
+    const int64_t step = 32 * params.index_row_stride;
     bool in_range = true;
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      if (!tile.has(k)) break;
-      in_range = in_range && is_in_range(index[k], item.table.num_embeddings);  // nor is a negative int32, as V < 2^31
-      const bool padding = index[k] == item.table.padding_idx;
-      tile.entry[k] = {padding ? item.table.num_embeddings : static_cast<uint32_t>(index[k]), tile.begin + tile.at(k)};
+    for (int from = 0; from < kItems; from += kReads) {
+      if (from >= tile.items()) break;
+      int64_t index[kReads];
+#pragma unroll
+      for (int k = 0; k < kReads; ++k) {
+        index[k] = 0;
+        if (tile.has(from + k)) index[k] = load_index(params.indices, params.index_type, first + (from + k) * step);
+      }
+#pragma unroll
+      for (int k = 0; k < kReads; ++k) {
+        if (!tile.has(from + k)) continue;
+        in_range = in_range && is_in_range(index[k], item.table.num_embeddings);  // nor is a negative int32, as V < 2^31
+        const bool padding = index[k] == item.table.padding_idx;
+        tile.entry[from + k] = {padding ? item.table.num_embeddings : static_cast<uint32_t>(index[k]),
+                                tile.begin + tile.at(from + k)};
+      }
     }
     if (!in_range) {
       for (int k = 0; k < tile.items(); ++k) {
