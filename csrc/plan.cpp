@@ -50,8 +50,8 @@ constexpr int64_t kMaxPrivateNumelForMany = 16384;  // a block leaves as many su
 // What PRIVATE for sums holds in shared memory: see lay_out() in private_sum.cuh.
 constexpr int64_t kPrivateSumColumns = 64;
 constexpr int64_t kPrivateSumLookups = 2 * 64;  // of two tiles at the least
-constexpr int64_t kPrivateSumEdges = 32 * 64;
-constexpr int64_t kPrivateSumListBytes = 11 << 10;
+constexpr int64_t kPrivateSumEdges = 64 * 64;
+constexpr int64_t kPrivateSumListBytes = 12 << 10;
 constexpr double kPrivateSumEntryBytes = 4;  // of a lookup, in scratch
 constexpr int64_t kMaxSumTables = 16;
 constexpr int kTileBlocksPerSm = 3;

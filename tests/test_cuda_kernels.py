@@ -270,7 +270,7 @@ def plans_for(problem, library, deterministic=False):
     rows = max(rows for rows, _ in problem.sizes)
     if problem.combination == abi.SUM:
         rows = sum(rows for rows, _ in problem.sizes)
-        least_bytes = rows * (64 * width + 32) + 2 * 64 * 64 * problem.dtype.itemsize + 2048 * width + 9216
+        least_bytes = rows * (64 * width + 32) + 2 * 64 * 64 * problem.dtype.itemsize + 4096 * width + 12288
         if len(problem.sizes) <= 16 and least_bytes <= shared_bytes:
             plans += [abi.Plan(abi.PRIVATE, splits=splits) for splits in (1, 7, 132)]
     elif rows <= 200:

@@ -4,7 +4,8 @@
 //   1. warps sort the lookups of a tile of rows by row of the table, each those of one group of tables; where blocks
 //      have columns of the same rows they sort each its part, leave the lists in scratch and wait for the others;
 //   2. tile by tile, the next being copied into shared memory meanwhile, lane groups take equal shares of the list,
-//      whatever the indices, add what belongs to a row in registers, and then to the row's sum. A run over several
+//      whatever the indices. Where a run of one place begins, its sum so far comes into registers, and goes back where
+//      the run ends: no branch, so a warp's lane groups do not wait for each other's ends of runs. A run over several
 //      shares is put together by the lane group in which it begins, so a sum has one owner at a time;
 //   3. after a grid-wide barrier all threads sum the blocks' sums, in order.
 //
@@ -25,47 +26,52 @@ namespace {
 
 // Rows of the gradient under way in a thread.
 template <typename scalar_t>
-constexpr int kUnroll = sizeof(scalar_t) == 8 ? 4 : kEntryStep;
+constexpr int kUnroll = sizeof(scalar_t) == 8 ? 2 : kEntryStep;
 
-// The block's columns of a tile. [row of the tile, bytes], asked for and not waited for, but for single 16-bit
-// elements, which no asynchronous copy takes.
+// The block's columns of a tile, by threads [0, threads) of those that copy. [row of the tile, bytes], asked for and not
+// waited for, but for single 16-bit elements, which no asynchronous copy takes.
 template <typename scalar_t, int kBytes>
-__device__ inline void copy_rows(const SumParams& params, const scalar_t* grad, int rows, char* tile) {
-  constexpr int kRowStep = kThreads / kLanes;
+__device__ inline void copy_rows(const SumParams& params, const scalar_t* grad, int rows, int thread, int threads,
+                                 char* tile) {
+  constexpr int kRowBytes = kMaxColumns * static_cast<int>(sizeof(scalar_t));  // at the most
+  constexpr int kLaneStep = kLanes * kBytes;
   const int first_column = blockIdx.y * params.columns;
   const int width = min(params.columns, params.embedding_dim - first_column) * static_cast<int>(sizeof(scalar_t));
   const int pitch = params.columns * static_cast<int>(sizeof(scalar_t));
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const char* source = reinterpret_cast<const char*>(grad + first_column);
   const int64_t stride = params.grad_output_stride * static_cast<int64_t>(sizeof(scalar_t));
+  const int first = thread % kLanes * kBytes;
+  const int row_step = threads / kLanes;
+  int row = thread / kLanes;
+  const char* source = reinterpret_cast<const char*>(grad + first_column) + row * stride;
+  char* target = tile + row * pitch;
 #pragma unroll 4
-  for (int row = threadIdx.x / kLanes; row < rows; row += kRowStep) {
-    if constexpr (kBytes >= 4) {
-#pragma unroll 1
-      for (int at = lane * kBytes; at < width; at += kLanes * kBytes) {
-        __pipeline_memcpy_async(tile + row * pitch + at, source + row * stride + at, kBytes);
-      }
-    } else {
+  for (; row < rows; row += row_step) {
 #pragma unroll
-      for (int k = 0; k < kQuad; ++k) {
+    for (int at = first; at < first + kRowBytes; at += kLaneStep) {
+      if constexpr (kBytes >= 4) {
+        if (at < width) __pipeline_memcpy_async(target + at, source + at, kBytes);
+      } else {
         // Threads behind the last column repeat it: a branch would make each load wait for the one before.
-        const int at = min((lane + k * kLanes) * kBytes, width - kBytes);
-        *reinterpret_cast<unsigned short*>(tile + row * pitch + at) =
-            __ldg(reinterpret_cast<const unsigned short*>(source + row * stride + at));
+        const int column = min(at, width - kBytes);
+        *reinterpret_cast<unsigned short*>(target + column) =
+            __ldg(reinterpret_cast<const unsigned short*>(source + column));
       }
     }
+    source += row_step * stride;
+    target += row_step * pitch;
   }
 }
 
 template <typename scalar_t>
-__device__ inline void copy_tile(const SumParams& params, int64_t first_row, int rows, char* tile) {
+__device__ inline void copy_tile(const SumParams& params, int64_t first_row, int rows, int thread, int threads,
+                                 char* tile) {
   const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + first_row * params.grad_output_stride;
   if (params.copy_bytes == 16) {
-    copy_rows<scalar_t, 16>(params, grad, rows, tile);
+    copy_rows<scalar_t, 16>(params, grad, rows, thread, threads, tile);
   } else if (params.copy_bytes == 8) {
-    copy_rows<scalar_t, 8>(params, grad, rows, tile);
+    copy_rows<scalar_t, 8>(params, grad, rows, thread, threads, tile);
   } else {
-    copy_rows<scalar_t, sizeof(scalar_t)>(params, grad, rows, tile);
+    copy_rows<scalar_t, sizeof(scalar_t)>(params, grad, rows, thread, threads, tile);
   }
 }
 
@@ -92,19 +98,21 @@ __device__ inline void sort_lookups(const SumParams& params, const TableGroup& g
   for (int t = group.first_table; t < group.first_table + group.num_tables; ++t) {
     const SumTable& table = params.table[t];
     int64_t at = (first_row + lane) * params.index_row_stride + table.index_column * params.index_table_stride;
-    int64_t index[kBatches];
     int64_t wrong = 0;
 #pragma unroll
-    for (int b = 0; b < kBatches; ++b, at += 32 * params.index_row_stride) {
-      if (b % kTogether == 0 && b * 32 >= rows) break;
-      index[b] = b * 32 + lane < rows ? load_index(params.indices, params.index_type, at) : 0;
-    }
+    for (int first = 0; first < kBatches; first += kTogether) {
+      if (first * 32 >= rows) break;
+      int64_t index[kTogether];
 #pragma unroll
-    for (int b = 0; b < kBatches; ++b) {
-      if (b % kTogether == 0 && b * 32 >= rows) break;
-      const int64_t row = signed_index(index[b], params.index_type);
-      if (!is_in_range(row, table.num_embeddings)) wrong = row;
-      place[b] += static_cast<uint32_t>(row) * table.multiplier;
+      for (int k = 0; k < kTogether; ++k, at += 32 * params.index_row_stride) {
+        index[k] = (first + k) * 32 + lane < rows ? load_index(params.indices, params.index_type, at) : 0;
+      }
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        const int64_t row = signed_index(index[k], params.index_type);
+        if (!is_in_range(row, table.num_embeddings)) wrong = row;
+        place[first + k] += static_cast<uint32_t>(row) * table.multiplier;
+      }
     }
     check_index(wrong, table.num_embeddings);
   }
@@ -120,11 +128,7 @@ __device__ inline void sort_lookups(const SumParams& params, const TableGroup& g
 #pragma unroll 1
     for (int bit = 0; bit < group.bits; ++bit) {
 #pragma unroll
-      for (int k = 0; k < kTogether; ++k) {
-        const bool set = place[first + k] >> bit & 1;
-        const unsigned vote = __ballot_sync(kFullWarp, set);
-        peers[k] &= set ? vote : ~vote;
-      }
+      for (int k = 0; k < kTogether; ++k) peers[k] &= lanes_with_bit(place[first + k], 1u << bit);
     }
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
@@ -150,7 +154,7 @@ __device__ inline void sort_lookups(const SumParams& params, const TableGroup& g
   for (int b = 0; b < kBatches; ++b) {
     if (b * 32 + lane < rows) {
       const uint32_t at = place[b] & 0xffff;
-      list[counters[at] + (place[b] >> 16)] = (group.first_place + at) << kRowBits | (b * 32 + lane) * row_bytes;
+      list[counters[at] + (place[b] >> 16)] = (b * 32 + lane) * row_bytes << kPlaceBits | (group.first_place + at);
     }
   }
   __syncwarp();
@@ -174,32 +178,64 @@ __device__ inline void sort_tiles(const SumParams& params, int64_t first_row, in
     auto* list = reinterpret_cast<uint32_t*>(shares ? list_in_scratch(params, tile) : shared + params.layout.lists);
     list += g * tile_rows;
     sort_lookups(params, params.group[g], row_bytes, first_row + begin, tile_rows, counters, list);
-    // The last share's entries up to a whole step.
+    // The last share's entries up to a whole step are of a place behind all others.
     const int lane = threadIdx.x % 32;
-    if (g == params.num_groups - 1 && lane < kEntryStep) list[tile_rows + lane] = kNoPlace << kRowBits;
+    if (g == params.num_groups - 1 && lane < kEntryStep) list[tile_rows + lane] = params.places;
   }
 }
 
-template <typename sum_t>
-__device__ inline void add_to(char* address, const Pack<sum_t, kQuad>& addend) {
-  auto* const at = reinterpret_cast<Pack<sum_t, kQuad>*>(address);
-  Pack<sum_t, kQuad> sum = *at;
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) sum.value[j] += addend.value[j];
-  *at = sum;
+// Shared memory by addresses of 32 bits. In PTX, since from C++ the compiler adds where the block's shared memory begins
+// to every single address.
+__device__ inline uint32_t address_of(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// A run that goes on beyond the share of the lane group in which it began, and where its sum is in shared memory.
+template <typename T>
+__device__ inline T load_shared(uint32_t address) {
+  constexpr int kWords = sizeof(T) / 4;
+  uint32_t word[kWords];
+  if constexpr (kWords == 2) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "r"(address) : "memory");
+  } else {
+#pragma unroll
+    for (int w = 0; w < kWords; w += 4) {
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(word[w]), "=r"(word[w + 1]), "=r"(word[w + 2]), "=r"(word[w + 3])
+                   : "r"(address + w * 4)
+                   : "memory");
+    }
+  }
+  T value;
+  memcpy(&value, word, sizeof(T));
+  return value;
+}
+
+template <typename T>
+__device__ inline void store_shared(uint32_t address, const T& value) {
+  constexpr int kWords = sizeof(T) / 4;
+  uint32_t word[kWords];
+  memcpy(word, &value, sizeof(T));
+#pragma unroll
+  for (int w = 0; w < kWords; w += 4) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address + w * 4), "r"(word[w]), "r"(word[w + 1]),
+                 "r"(word[w + 2]), "r"(word[w + 3])
+                 : "memory");
+  }
+}
+
+// A run that goes on beyond the share of the lane group in which it began, and its sum's address.
+constexpr uint32_t kNowhere = 0xffffffff;
 template <typename sum_t>
 struct OpenRun {
   Pack<sum_t, kQuad> sum;
-  int to = -1;
+  uint32_t to = kNowhere;
 };
 
-// Step 2. Addresses are offsets in shared memory, or they would be of 64 bits.
+// Step 2.
 template <typename scalar_t>
 __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int rows, int buffer, char* shared) {
   using sum_t = acc_t<scalar_t>;
+  using Sum = Pack<sum_t, kQuad>;
   constexpr int kSteps = kUnroll<scalar_t>;
   const Layout& layout = params.layout;
   OpenRun<sum_t> open;
@@ -212,56 +248,53 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
   if (begin >= length) return open;
   const int end = min(begin + share, length);
 
-  // Threads behind the last column repeat the last thread's, and must not write.
+  // Threads behind the last column repeat the last thread's, and keep all sums in their edges, which nobody reads.
   const int column = min(lane * kQuad, params.columns - kQuad);
   const bool owns = lane * kQuad == column;
-  const int place_bytes = params.columns * static_cast<int>(sizeof(sum_t));
-  const int first_sum = column * static_cast<int>(sizeof(sum_t));
-  const int gradient = layout.tiles + buffer * layout.tile_bytes + column * static_cast<int>(sizeof(scalar_t));
-  const uint32_t* list = reinterpret_cast<const uint32_t*>(shared + layout.lists + buffer * layout.list_bytes);
+  const uint32_t base = address_of(shared);
+  const uint32_t edge = base + layout.edges + threadIdx.x * sizeof(Sum);
+  const uint32_t first_sum = owns ? base + column * sizeof(sum_t) : edge;
+  const uint32_t place_bytes = owns ? params.columns * sizeof(sum_t) : 0;
+  const uint32_t gradient = base + layout.tiles + buffer * layout.tile_bytes + column * sizeof(scalar_t);
+  const uint32_t first_entry = layout.lists + buffer * layout.list_bytes;
+  const uint32_t* list = reinterpret_cast<const uint32_t*>(shared + first_entry);
 
-  const auto place_of = [](uint32_t entry) { return entry >> kRowBits; };
-  const auto sum_at = [&](uint32_t entry) { return static_cast<int>(place_of(entry)) * place_bytes + first_sum; };
-  const uint32_t first = list[begin];
-  const bool incoming = begin > 0 && place_of(list[begin - 1]) == place_of(first);
+  const auto place_of = [](uint32_t entry) { return entry & ((1u << kPlaceBits) - 1); };
+  const uint32_t first = place_of(list[begin]);
+  const bool incoming = begin > 0 && place_of(list[begin - 1]) == first;
   uint32_t current = first;
-  int to = incoming ? layout.edges + static_cast<int>(threadIdx.x * sizeof(open.sum)) : sum_at(first);
-  Pack<sum_t, kQuad> sum{};
-  for (int i = begin; i < end; i += kSteps) {
-    uint32_t entry[kSteps];
+  uint32_t to = incoming ? edge : first_sum + first * place_bytes;
+  Sum sum = load_shared<Sum>(to);
+  uint32_t at = base + first_entry + begin * 4;
+  const uint32_t at_end = at + (end - begin) * 4;
+#pragma unroll 1
+  for (; at < at_end; at += kSteps * 4) {
+    const auto entries = load_shared<Pack<uint32_t, kSteps>>(at);
     Pack<scalar_t, kQuad> value[kSteps];
 #pragma unroll
-    for (int k = 0; k < kSteps; k += 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(list + i + k);
-      entry[k] = four.x;
-      entry[k + 1] = four.y;
-      entry[k + 2] = four.z;
-      entry[k + 3] = four.w;
+    for (int k = 0; k < kSteps; ++k) {
+      value[k] = load_shared<Pack<scalar_t, kQuad>>(gradient + (entries.value[k] >> kPlaceBits));
     }
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      const int at = gradient + static_cast<int>(entry[k] & ((1u << kRowBits) - 1));
-      value[k] = *reinterpret_cast<const Pack<scalar_t, kQuad>*>(shared + at);
-    }
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      if (place_of(entry[k]) != place_of(current)) {
-        if (owns) add_to(shared + to, sum);
-        to = sum_at(entry[k]);
-        sum = {};
+      const uint32_t place = place_of(entries.value[k]);
+      if (place != current) {
+        store_shared(to, sum);
+        to = first_sum + place * place_bytes;
+        sum = load_shared<Sum>(to);
       }
-      current = entry[k];
+      current = place;
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) sum.value[j] += widen(value[k].value[j]);
     }
   }
-  const bool outgoing = end < length && place_of(list[end]) == place_of(current);
-  const bool through = outgoing && incoming && place_of(current) == place_of(first);
+  const bool outgoing = end < length && place_of(list[end]) == current;
+  const bool through = outgoing && incoming && current == first;
   if (lane == 0) (shared + layout.goes_on)[lane_group] = through;
   if (outgoing && !through) {
     open = {sum, to};
-  } else if (owns && place_of(current) != kNoPlace) {
-    add_to(shared + to, sum);
+  } else {
+    store_shared(to, sum);
   }
   return open;
 }
@@ -272,17 +305,20 @@ template <typename sum_t>
 __device__ inline void close_run(const SumParams& params, OpenRun<sum_t> open, char* shared) {
   const int lane_group = threadIdx.x >> params.lane_bits;
   const int lanes = 1 << params.lane_bits;
-  if (open.to < 0 || static_cast<int>(threadIdx.x) % lanes * kQuad >= params.columns) return;
+  if (open.to == kNowhere || static_cast<int>(threadIdx.x) % lanes * kQuad >= params.columns) return;
   auto* edge = reinterpret_cast<Pack<sum_t, kQuad>*>(shared + params.layout.edges) + threadIdx.x;
   const char* goes_on = shared + params.layout.goes_on + lane_group;
+  Pack<sum_t, kQuad> rest{};
   do {
     edge += lanes;
     ++goes_on;
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) open.sum.value[j] += edge->value[j];
+    for (int j = 0; j < kQuad; ++j) rest.value[j] += edge->value[j];
     *edge = Pack<sum_t, kQuad>{};
   } while (*goes_on);
-  add_to(shared + open.to, open.sum);
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) open.sum.value[j] += rest.value[j];
+  store_shared(open.to, open.sum);
 }
 
 // Step 3, in a block: the rows' sums from those of their places.
@@ -351,7 +387,11 @@ __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_co
   const Layout& layout = params.layout;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * params.rows_per_split;
   const int rows = static_cast<int>(min(int64_t{params.rows_per_split}, params.num_rows - first_row));
-  copy_tile<scalar_t>(params, first_row, min(rows, params.tile), shared + layout.tiles);
+  // Half of the warps copy, and the others' indices do not wait behind the first tile.
+  const int copier = static_cast<int>(threadIdx.x) - kThreads / 2;
+  if (copier >= 0) {
+    copy_tile<scalar_t>(params, first_row, min(rows, params.tile), copier, kThreads / 2, shared + layout.tiles);
+  }
   sort_tiles<scalar_t>(params, first_row, rows, shared);
   if (params.tiles > 1 && gridDim.y > 1) {
     cooperative_groups::this_grid().sync();
@@ -373,7 +413,8 @@ __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_co
       const int next_rows = min(rows - next, params.tile);
       const int other = buffer ^ 1;
       copy_list(params, tile + 1, next_rows, shared + layout.lists + other * layout.list_bytes);
-      copy_tile<scalar_t>(params, first_row + next, next_rows, shared + layout.tiles + other * layout.tile_bytes);
+      copy_tile<scalar_t>(params, first_row + next, next_rows, threadIdx.x, kThreads,
+                          shared + layout.tiles + other * layout.tile_bytes);
       __pipeline_commit();
     }
     const auto open = sum_tile<scalar_t>(params, min(rows - begin, params.tile), buffer, shared);

@@ -7,7 +7,7 @@
 
 namespace fast_embedding {
 
-constexpr int kWarps = 16;
+constexpr int kWarps = 32;  // what hides the latency of shared memory
 constexpr int kThreads = kWarps * 32;
 constexpr int kLanes = 16;  // threads that share a row, at the most
 constexpr int kQuad = 4;    // columns of a thread
@@ -17,11 +17,10 @@ constexpr int kMaxTile = 512;  // rows: a lane that sorts them keeps one of each
 constexpr int kMinTile = 64;
 constexpr int kMinShare = 64;        // rows: a block must be worth the sums that it leaves
 constexpr int kMaxJointPlaces = 64;  // more are too many runs, each of which costs as much as two lookups
-constexpr int kEntryStep = 8;        // a lane group's share of the list is a multiple of it
-constexpr int kRowBits = 18;         // of an entry: a tile has at most 512 rows of 64 float64
-constexpr uint32_t kNoPlace = (1u << (32 - kRowBits)) - 1;
+constexpr int kEntryStep = 4;        // a lane group's share of the list is a multiple of it
+constexpr int kPlaceBits = 14;       // of an entry, which leaves 18: a tile has at most 512 rows of 64 float64
 constexpr int64_t kWholeTileBytes = 64 << 10;  // more are worth a second tile, so that copying and summing overlap
-constexpr int64_t kMinSumBytes = 2 << 10;      // counters for all warps where tables are tiny
+constexpr int64_t kMinSumBytes = 4 << 10;      // counters for all warps where tables are tiny
 constexpr int kMaxParts = 8;
 
 // Tables that are taken together stand one after the other.
@@ -44,11 +43,11 @@ struct TableGroup {
 };
 
 // Where things are in shared memory: bytes, multiples of 32. At 0 the counters of step 1, [warps, bins], and then the
-// sums, [places, columns].
+// sums, [places + 1, columns], the last for entries that are none.
 struct Layout {
   int32_t edges;    // [kThreads] parts of runs that began in another lane group's share
   int32_t goes_on;  // [kThreads]: whether a lane group's run goes on beyond its share
-  int32_t lists;    // of list_bytes: place << kRowBits | where the row is in the tile, group after group
+  int32_t lists;    // of list_bytes: where the row is in the tile << kPlaceBits | place, group after group
   int32_t list_bytes;
   int32_t tiles;  // of tile_bytes: [tile, columns] of the gradient
   int32_t tile_bytes;
@@ -146,7 +145,7 @@ inline Layout lay_out(const SumParams& params, FeScalarType type, int32_t tile, 
     end = round_up(end + bytes, 32);
     return static_cast<int32_t>(begin);
   };
-  place(std::max(params.places * params.columns * sum_bytes, kMinSumBytes));
+  place(std::max((params.places + 1) * params.columns * sum_bytes, kMinSumBytes));
   layout.edges = place(kThreads * kQuad * sum_bytes);
   layout.goes_on = place(kThreads);
   layout.list_bytes = static_cast<int32_t>(round_up((params.num_groups * tile + kEntryStep) * 4, 32));
