@@ -83,6 +83,7 @@ __device__ inline char* list_in_scratch(const SumParams& params, int tile) {
 __device__ inline void copy_list(const SumParams& params, int tile, int rows, char* list) {
   const char* source = list_in_scratch(params, tile);
   const int bytes = (params.num_groups * rows + kEntryStep) * 4;
+#pragma unroll 1
   for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) __pipeline_memcpy_async(list + at, source + at, 16);
 }
 
@@ -223,6 +224,33 @@ __device__ inline void store_shared(uint32_t address, const T& value) {
   }
 }
 
+// A thread's part in step 2, whatever the tile: its lane group's share of a list, its columns, and addresses.
+struct Part {
+  int lane_group;
+  bool leads;     // the lane group
+  bool owns;      // columns
+  int column;     // of the block's; threads behind the last repeat the last one's
+  uint32_t base;  // of shared memory
+  uint32_t edge;
+  uint32_t first_sum;    // of the columns
+  uint32_t place_bytes;  // threads behind the last column keep all sums in their edges, which nobody reads
+};
+
+template <typename sum_t>
+__device__ inline Part find_part(const SumParams& params, const char* shared) {
+  Part part;
+  part.lane_group = static_cast<int>(threadIdx.x) >> params.lane_bits;
+  const int lane = static_cast<int>(threadIdx.x) - (part.lane_group << params.lane_bits);
+  part.leads = lane == 0;
+  part.column = min(lane * kQuad, params.columns - kQuad);
+  part.owns = lane * kQuad == part.column;
+  part.base = address_of(shared);
+  part.edge = part.base + params.layout.edges + threadIdx.x * sizeof(Pack<sum_t, kQuad>);
+  part.first_sum = part.owns ? part.base + part.column * sizeof(sum_t) : part.edge;
+  part.place_bytes = part.owns ? params.columns * sizeof(sum_t) : 0;
+  return part;
+}
+
 // A run that goes on beyond the share of the lane group in which it began, and its sum's address.
 constexpr uint32_t kNowhere = 0xffffffff;
 template <typename sum_t>
@@ -233,39 +261,29 @@ struct OpenRun {
 
 // Step 2.
 template <typename scalar_t>
-__device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int rows, int buffer, char* shared) {
+__device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, const Part& part, int rows, int buffer,
+                                                    char* shared) {
   using sum_t = acc_t<scalar_t>;
   using Sum = Pack<sum_t, kQuad>;
   constexpr int kSteps = kUnroll<scalar_t>;
   const Layout& layout = params.layout;
   OpenRun<sum_t> open;
   const int length = params.num_groups * rows;
-  const int lane_group = static_cast<int>(threadIdx.x) >> params.lane_bits;
-  const int lane = static_cast<int>(threadIdx.x) - (lane_group << params.lane_bits);
-  const int step = kThreads * kEntryStep >> params.lane_bits;
-  const int share = small_quotient(length + step - 1, step) * kEntryStep;
-  const int begin = lane_group * share;
+  const int begin = part.lane_group * params.share;
   if (begin >= length) return open;
-  const int end = min(begin + share, length);
-
-  // Threads behind the last column repeat the last thread's, and keep all sums in their edges, which nobody reads.
-  const int column = min(lane * kQuad, params.columns - kQuad);
-  const bool owns = lane * kQuad == column;
-  const uint32_t base = address_of(shared);
-  const uint32_t edge = base + layout.edges + threadIdx.x * sizeof(Sum);
-  const uint32_t first_sum = owns ? base + column * sizeof(sum_t) : edge;
-  const uint32_t place_bytes = owns ? params.columns * sizeof(sum_t) : 0;
-  const uint32_t gradient = base + layout.tiles + buffer * layout.tile_bytes + column * sizeof(scalar_t);
+  const int end = min(begin + params.share, length);
   const uint32_t first_entry = layout.lists + buffer * layout.list_bytes;
   const uint32_t* list = reinterpret_cast<const uint32_t*>(shared + first_entry);
+  const uint32_t gradient =
+      part.base + layout.tiles + buffer * layout.tile_bytes + part.column * sizeof(scalar_t);
 
   const auto place_of = [](uint32_t entry) { return entry & ((1u << kPlaceBits) - 1); };
   const uint32_t first = place_of(list[begin]);
   const bool incoming = begin > 0 && place_of(list[begin - 1]) == first;
   uint32_t current = first;
-  uint32_t to = incoming ? edge : first_sum + first * place_bytes;
+  uint32_t to = incoming ? part.edge : part.first_sum + first * part.place_bytes;
   Sum sum = load_shared<Sum>(to);
-  uint32_t at = base + first_entry + begin * 4;
+  uint32_t at = part.base + first_entry + begin * 4;
   const uint32_t at_end = at + (end - begin) * 4;
 #pragma unroll 1
   for (; at < at_end; at += kSteps * 4) {
@@ -280,7 +298,7 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
       const uint32_t place = place_of(entries.value[k]);
       if (place != current) {
         store_shared(to, sum);
-        to = first_sum + place * place_bytes;
+        to = part.first_sum + place * part.place_bytes;
         sum = load_shared<Sum>(to);
       }
       current = place;
@@ -290,9 +308,9 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
   }
   const bool outgoing = end < length && place_of(list[end]) == current;
   const bool through = outgoing && incoming && current == first;
-  if (lane == 0) (shared + layout.goes_on)[lane_group] = through;
+  if (part.leads) (shared + layout.goes_on)[part.lane_group] = through;
   if (outgoing && !through) {
-    open = {sum, to};
+    if (part.owns) open = {sum, to};
   } else {
     store_shared(to, sum);
   }
@@ -302,15 +320,13 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, int
 // Step 2, the end, behind a barrier. A run is of one tile and group, so its chain of parts is short. Edges are left
 // cleared for the next tile.
 template <typename sum_t>
-__device__ inline void close_run(const SumParams& params, OpenRun<sum_t> open, char* shared) {
-  const int lane_group = threadIdx.x >> params.lane_bits;
-  const int lanes = 1 << params.lane_bits;
-  if (open.to == kNowhere || static_cast<int>(threadIdx.x) % lanes * kQuad >= params.columns) return;
+__device__ inline void close_run(const SumParams& params, const Part& part, OpenRun<sum_t> open, char* shared) {
+  if (open.to == kNowhere) return;
   auto* edge = reinterpret_cast<Pack<sum_t, kQuad>*>(shared + params.layout.edges) + threadIdx.x;
-  const char* goes_on = shared + params.layout.goes_on + lane_group;
+  const char* goes_on = shared + params.layout.goes_on + part.lane_group;
   Pack<sum_t, kQuad> rest{};
   do {
-    edge += lanes;
+    edge += 1 << params.lane_bits;
     ++goes_on;
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) rest.value[j] += edge->value[j];
@@ -403,6 +419,7 @@ __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_co
   for (int i = threadIdx.x; i < layout.lists / 16; i += kThreads) {
     reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
   }
+  const Part part = find_part<sum_t>(params, shared);
   int buffer = 0;
   for (int tile = 0; tile * params.tile < rows; ++tile) {
     __pipeline_wait_prior(0);
@@ -417,9 +434,9 @@ __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_co
                           shared + layout.tiles + other * layout.tile_bytes);
       __pipeline_commit();
     }
-    const auto open = sum_tile<scalar_t>(params, min(rows - begin, params.tile), buffer, shared);
+    const auto open = sum_tile<scalar_t>(params, part, min(rows - begin, params.tile), buffer, shared);
     __syncthreads();
-    close_run<sum_t>(params, open, shared);
+    close_run<sum_t>(params, part, open, shared);
     buffer ^= 1;
   }
   __syncthreads();

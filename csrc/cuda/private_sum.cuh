@@ -69,6 +69,7 @@ struct SumParams {
   int32_t copy_bytes;
   int32_t tile;
   int32_t tiles;  // of a split, at the most
+  int32_t share;  // entries of a list that a lane group takes
   int32_t sort_warps;
   int32_t parts;  // threads that share an element of step 3, a power of two
   int32_t rows_per_split;
@@ -167,16 +168,17 @@ inline int32_t largest_tile(const SumParams& params, FeScalarType type, int32_t 
 inline void set_tiles(FeScalarType type, int64_t slices, int32_t largest, int64_t shared_bytes, SumParams* params) {
   const int64_t rows = params->rows_per_split;
   const bool overlaps = slices == 1 && rows * params->columns * scalar_bytes(type) > kWholeTileBytes;
+  const int64_t step = kThreads * kEntryStep >> params->lane_bits;
   int32_t buffers = 1;
   params->tile = params->rows_per_split;
   if (overlaps || rows > largest_tile(*params, type, 1, shared_bytes)) {
     buffers = 2;
-    const int64_t step = kThreads * kEntryStep >> params->lane_bits;
     const int64_t fitting = std::min<int64_t>(largest, ceil_div(rows, 2));
     const int64_t lookups = fitting * params->num_groups / step * step;
     params->tile = static_cast<int32_t>(lookups > 0 ? lookups / params->num_groups : fitting);
   }
   params->tiles = static_cast<int32_t>(ceil_div(rows, params->tile));
+  params->share = static_cast<int32_t>(ceil_div(int64_t{params->num_groups} * params->tile, step) * kEntryStep);
   params->layout = lay_out(*params, type, params->tile, buffers);
   params->sort_warps = std::min(kWarps, params->layout.edges / (params->bins * 4));
 }
