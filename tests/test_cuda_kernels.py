@@ -642,6 +642,7 @@ SUMS = [
     summed([20, 30, 40], 1025),
     summed([3, 1, 40], 65),  # three tables whose rows are taken together
     summed([10 + t for t in range(14)], 40),  # no two of these
+    summed([2, 2], 256),  # four places: each run reaches over many lane groups' shares
 ]
 
 

@@ -195,7 +195,9 @@ template <typename T>
 __device__ inline T load_shared(uint32_t address) {
   constexpr int kWords = sizeof(T) / 4;
   uint32_t word[kWords];
-  if constexpr (kWords == 2) {
+  if constexpr (kWords == 1) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word[0]) : "r"(address) : "memory");
+  } else if constexpr (kWords == 2) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "r"(address) : "memory");
   } else {
 #pragma unroll
@@ -224,30 +226,34 @@ __device__ inline void store_shared(uint32_t address, const T& value) {
   }
 }
 
-// A thread's part in step 2, whatever the tile: its lane group's share of a list, its columns, and addresses.
+// A thread's part in step 2, whatever the tile. All but the first are addresses.
 struct Part {
-  int lane_group;
-  bool leads;     // the lane group
-  bool owns;      // columns
-  int column;     // of the block's; threads behind the last repeat the last one's
-  uint32_t base;  // of shared memory
+  int begin;  // of its lane group's share of a list
+  uint32_t list;
+  uint32_t gradient;  // the thread's columns in the tile; threads behind the last column repeat the last one's
+  uint32_t first_sum;
+  uint32_t place_bytes;  // 0 behind the last column: such threads keep all sums in their edges, which nobody reads
   uint32_t edge;
-  uint32_t first_sum;    // of the columns
-  uint32_t place_bytes;  // threads behind the last column keep all sums in their edges, which nobody reads
 };
 
-template <typename sum_t>
+template <typename scalar_t>
 __device__ inline Part find_part(const SumParams& params, const char* shared) {
+  using sum_t = acc_t<scalar_t>;
+  const int lane_group = static_cast<int>(threadIdx.x) >> params.lane_bits;
+  const int lane = static_cast<int>(threadIdx.x) - (lane_group << params.lane_bits);
+  const int column = min(lane * kQuad, params.columns - kQuad);
+  const bool owns = lane * kQuad == column;
+  const uint32_t base = address_of(shared);
   Part part;
-  part.lane_group = static_cast<int>(threadIdx.x) >> params.lane_bits;
-  const int lane = static_cast<int>(threadIdx.x) - (part.lane_group << params.lane_bits);
-  part.leads = lane == 0;
-  part.column = min(lane * kQuad, params.columns - kQuad);
-  part.owns = lane * kQuad == part.column;
-  part.base = address_of(shared);
-  part.edge = part.base + params.layout.edges + threadIdx.x * sizeof(Pack<sum_t, kQuad>);
-  part.first_sum = part.owns ? part.base + part.column * sizeof(sum_t) : part.edge;
-  part.place_bytes = part.owns ? params.columns * sizeof(sum_t) : 0;
+  part.begin = lane_group * params.share;
+  part.list = base + params.layout.lists + part.begin * 4;
+  part.gradient = base + params.layout.tiles + column * sizeof(scalar_t);
+  part.edge = base + params.layout.edges + threadIdx.x * sizeof(Pack<sum_t, kQuad>);
+  part.first_sum = owns ? base + column * sizeof(sum_t) : part.edge;
+  part.place_bytes = owns ? params.columns * sizeof(sum_t) : 0;
+  // Or the compiler finds it all anew for every tile.
+  asm volatile("" : "+r"(part.begin), "+r"(part.list), "+r"(part.gradient), "+r"(part.edge), "+r"(part.first_sum),
+               "+r"(part.place_bytes));
   return part;
 }
 
@@ -268,25 +274,21 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
   constexpr int kSteps = kUnroll<scalar_t>;
   const Layout& layout = params.layout;
   OpenRun<sum_t> open;
-  const int length = params.num_groups * rows;
-  const int begin = part.lane_group * params.share;
-  if (begin >= length) return open;
-  const int end = min(begin + params.share, length);
-  const uint32_t first_entry = layout.lists + buffer * layout.list_bytes;
-  const uint32_t* list = reinterpret_cast<const uint32_t*>(shared + first_entry);
-  const uint32_t gradient =
-      part.base + layout.tiles + buffer * layout.tile_bytes + part.column * sizeof(scalar_t);
+  const int left = params.num_groups * rows - part.begin;  // entries from the share's begin on
+  if (left <= 0) return open;
+  const uint32_t gradient = part.gradient + buffer * layout.tile_bytes;
+  uint32_t at = part.list + buffer * layout.list_bytes;
+  const uint32_t end = at + min(params.share, left) * 4;
 
   const auto place_of = [](uint32_t entry) { return entry & ((1u << kPlaceBits) - 1); };
-  const uint32_t first = place_of(list[begin]);
-  const bool incoming = begin > 0 && place_of(list[begin - 1]) == first;
+  const auto place_at = [&](uint32_t entry_at) { return place_of(load_shared<uint32_t>(entry_at)); };
+  const uint32_t first = place_at(at);
+  const bool incoming = part.begin > 0 && place_at(at - 4) == first;
   uint32_t current = first;
   uint32_t to = incoming ? part.edge : part.first_sum + first * part.place_bytes;
   Sum sum = load_shared<Sum>(to);
-  uint32_t at = part.base + first_entry + begin * 4;
-  const uint32_t at_end = at + (end - begin) * 4;
 #pragma unroll 1
-  for (; at < at_end; at += kSteps * 4) {
+  for (; at < end; at += kSteps * 4) {
     const auto entries = load_shared<Pack<uint32_t, kSteps>>(at);
     Pack<scalar_t, kQuad> value[kSteps];
 #pragma unroll
@@ -306,11 +308,11 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
       for (int j = 0; j < kQuad; ++j) sum.value[j] += widen(value[k].value[j]);
     }
   }
-  const bool outgoing = end < length && place_of(list[end]) == current;
+  const bool outgoing = params.share < left && place_at(end) == current;
   const bool through = outgoing && incoming && current == first;
-  if (part.leads) (shared + layout.goes_on)[part.lane_group] = through;
+  (shared + layout.goes_on)[threadIdx.x >> params.lane_bits] = through;  // the same from all of its threads
   if (outgoing && !through) {
-    if (part.owns) open = {sum, to};
+    if (part.place_bytes > 0) open = {sum, to};
   } else {
     store_shared(to, sum);
   }
@@ -322,15 +324,18 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
 template <typename sum_t>
 __device__ inline void close_run(const SumParams& params, const Part& part, OpenRun<sum_t> open, char* shared) {
   if (open.to == kNowhere) return;
-  auto* edge = reinterpret_cast<Pack<sum_t, kQuad>*>(shared + params.layout.edges) + threadIdx.x;
-  const char* goes_on = shared + params.layout.goes_on + part.lane_group;
-  Pack<sum_t, kQuad> rest{};
+  using Sum = Pack<sum_t, kQuad>;
+  const uint32_t edge_step = sizeof(Sum) << params.lane_bits;
+  uint32_t edge = part.edge;
+  const char* goes_on = shared + params.layout.goes_on + (threadIdx.x >> params.lane_bits);
+  Sum rest{};
   do {
-    edge += 1 << params.lane_bits;
+    edge += edge_step;
     ++goes_on;
+    const Sum addend = load_shared<Sum>(edge);
+    store_shared(edge, Sum{});
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) rest.value[j] += edge->value[j];
-    *edge = Pack<sum_t, kQuad>{};
+    for (int j = 0; j < kQuad; ++j) rest.value[j] += addend.value[j];
   } while (*goes_on);
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) open.sum.value[j] += rest.value[j];
@@ -419,7 +424,7 @@ __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_co
   for (int i = threadIdx.x; i < layout.lists / 16; i += kThreads) {
     reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
   }
-  const Part part = find_part<sum_t>(params, shared);
+  const Part part = find_part<scalar_t>(params, shared);
   int buffer = 0;
   for (int tile = 0; tile * params.tile < rows; ++tile) {
     __pipeline_wait_prior(0);
