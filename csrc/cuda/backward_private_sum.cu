@@ -500,8 +500,7 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
   while (kQuad << params.lane_bits < params.columns) ++params.lane_bits;
   const int64_t shared_bytes = device.properties.shared_bytes_per_block;
   int32_t largest = 0;
-  for (const int max_places : {kMaxJointPlaces, 1}) {
-    if (largest > 0) break;
+  for (int max_places = kMaxJointPlaces; largest == 0 && max_places > 0; max_places /= 2) {
     set_groups(call, gaps, max_places, &params);
     largest = largest_tile(params, args.scalar_type, 2, shared_bytes);
   }

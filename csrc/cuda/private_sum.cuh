@@ -164,7 +164,8 @@ inline int32_t largest_tile(const SumParams& params, FeScalarType type, int32_t 
   return tile < kMinTile ? 0 : tile;
 }
 
-// One tile if it holds all rows of a split, or else such that each share of a list is of whole steps.
+// One tile if it holds all rows of a split, or else such that each share of a list is of whole steps, unless that takes
+// one tile more.
 inline void set_tiles(FeScalarType type, int64_t slices, int32_t largest, int64_t shared_bytes, SumParams* params) {
   const int64_t rows = params->rows_per_split;
   const bool overlaps = slices == 1 && rows * params->columns * scalar_bytes(type) > kWholeTileBytes;
@@ -174,8 +175,9 @@ inline void set_tiles(FeScalarType type, int64_t slices, int32_t largest, int64_
   if (overlaps || rows > largest_tile(*params, type, 1, shared_bytes)) {
     buffers = 2;
     const int64_t fitting = std::min<int64_t>(largest, ceil_div(rows, 2));
-    const int64_t lookups = fitting * params->num_groups / step * step;
-    params->tile = static_cast<int32_t>(lookups > 0 ? lookups / params->num_groups : fitting);
+    const int64_t whole = fitting * params->num_groups / step * step / params->num_groups;
+    const bool as_few = whole > 0 && ceil_div(rows, whole) == ceil_div(rows, fitting);
+    params->tile = static_cast<int32_t>(as_few ? whole : fitting);
   }
   params->tiles = static_cast<int32_t>(ceil_div(rows, params->tile));
   params->share = static_cast<int32_t>(ceil_div(int64_t{params->num_groups} * params->tile, step) * kEntryStep);
