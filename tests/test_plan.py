@@ -191,7 +191,7 @@ def test_small_tables_of_a_sum_are_taken_together(private_tables, scalar_type):
 
 @pytest.mark.parametrize(("scalar_type", "most_rows"), [(abi.FLOAT32, 668), (abi.FLOAT64, 238), (abi.BFLOAT16, 732)])
 def test_sums_fit_shared_memory(private_tables, scalar_type, most_rows):
-    """64 columns of all rows, of two tiles of 64 lookups, 16 bytes (float64: 32) for each of 1024 threads, and lists."""
+    """64 columns of all rows and of two tiles of 64 lookups, four accumulators a thread, and the lists."""
     for rows, fits in ((most_rows, True), (most_rows + 1, False)):
         chosen, _ = private_tables([(rows - 1, 64), (1, 64)], 1 << 22, scalar_type, combination=abi.SUM)
         assert all(chosen) == fits

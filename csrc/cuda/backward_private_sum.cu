@@ -28,8 +28,8 @@ namespace {
 template <typename scalar_t>
 constexpr int kUnroll = sizeof(scalar_t) == 8 ? 2 : kEntryStep;
 
-// The block's columns of a tile, by threads [0, threads) of those that copy. [row of the tile, bytes], asked for and not
-// waited for, but for single 16-bit elements, which no asynchronous copy takes.
+// The block's columns of a tile, by threads [0, threads) of those that copy. [row of the tile, bytes], asked for and
+// not waited for, but for single 16-bit elements, which no asynchronous copy takes.
 template <typename scalar_t, int kBytes>
 __device__ inline void copy_rows(const SumParams& params, const scalar_t* grad, int rows, int thread, int threads,
                                  char* tile) {
@@ -185,8 +185,8 @@ __device__ inline void sort_tiles(const SumParams& params, int64_t first_row, in
   }
 }
 
-// Shared memory by addresses of 32 bits. In PTX, since from C++ the compiler adds where the block's shared memory begins
-// to every single address.
+// Shared memory by addresses of 32 bits. In PTX, since from C++ the compiler adds where the block's shared memory
+// begins to every single address.
 __device__ inline uint32_t address_of(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
@@ -252,8 +252,9 @@ __device__ inline Part find_part(const SumParams& params, const char* shared) {
   part.first_sum = owns ? base + column * sizeof(sum_t) : part.edge;
   part.place_bytes = owns ? params.columns * sizeof(sum_t) : 0;
   // Or the compiler finds it all anew for every tile.
-  asm volatile("" : "+r"(part.begin), "+r"(part.list), "+r"(part.gradient), "+r"(part.edge), "+r"(part.first_sum),
-               "+r"(part.place_bytes));
+  asm volatile(""
+               : "+r"(part.begin), "+r"(part.list), "+r"(part.gradient), "+r"(part.edge), "+r"(part.first_sum),
+                 "+r"(part.place_bytes));
   return part;
 }
 

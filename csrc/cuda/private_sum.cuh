@@ -164,23 +164,24 @@ inline int32_t largest_tile(const SumParams& params, FeScalarType type, int32_t 
   return tile < kMinTile ? 0 : tile;
 }
 
-// One tile if it holds all rows of a split, or else such that each share of a list is of whole steps, unless that takes
-// one tile more.
+// One tile if it holds all rows of a split, or else such that each share of a list is of whole steps, unless that makes
+// them more.
 inline void set_tiles(FeScalarType type, int64_t slices, int32_t largest, int64_t shared_bytes, SumParams* params) {
   const int64_t rows = params->rows_per_split;
   const bool overlaps = slices == 1 && rows * params->columns * scalar_bytes(type) > kWholeTileBytes;
   const int64_t step = kThreads * kEntryStep >> params->lane_bits;
+  const auto share = [&](int64_t tile) { return ceil_div(tile * params->num_groups, step) * kEntryStep; };
   int32_t buffers = 1;
   params->tile = params->rows_per_split;
   if (overlaps || rows > largest_tile(*params, type, 1, shared_bytes)) {
     buffers = 2;
     const int64_t fitting = std::min<int64_t>(largest, ceil_div(rows, 2));
     const int64_t whole = fitting * params->num_groups / step * step / params->num_groups;
-    const bool as_few = whole > 0 && ceil_div(rows, whole) == ceil_div(rows, fitting);
-    params->tile = static_cast<int32_t>(as_few ? whole : fitting);
+    const auto steps = [&](int64_t tile) { return ceil_div(rows, tile) * share(tile); };
+    params->tile = static_cast<int32_t>(whole > 0 && steps(whole) <= steps(fitting) ? whole : fitting);
   }
   params->tiles = static_cast<int32_t>(ceil_div(rows, params->tile));
-  params->share = static_cast<int32_t>(ceil_div(int64_t{params->num_groups} * params->tile, step) * kEntryStep);
+  params->share = static_cast<int32_t>(share(params->tile));
   params->layout = lay_out(*params, type, params->tile, buffers);
   params->sort_warps = std::min(kWarps, params->layout.edges / (params->bins * 4));
 }
