@@ -4,7 +4,7 @@
 //   rank     how many of the chunk's entries with the same digit come before each, which leaves a matrix of counts
 //   barrier
 //   place    where the chunk's entries of each digit begin: behind those of lower digits and of lower chunks. Every
-//            block adds that up from the matrix itself, which takes less than another barrier, unless the matrix is large
+//            block adds that up from the matrix itself, which takes less than another barrier
 //   move     entries are put in order in shared memory and written out run by run
 //   barrier
 //
@@ -22,12 +22,11 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kItems = 16;                   // entries of a thread in a tile, at the most
 constexpr int kMaxTile = kThreads * kItems;  // entries ranked at a time
-constexpr int kReads = 4;                    // of indices in flight in a thread
+constexpr int kReads = 4;                    // of indices in flight in a thread: more are code that few lookups jump over
 constexpr int kMinDigitBits = 3;             // counts are read eight at a time
 constexpr int64_t kMaxChunk = 32768;         // counts are of 16 bits
 constexpr int64_t kMinChunk = kThreads;
 constexpr int kLoads = 8;                            // of counts in flight in a thread
-constexpr int64_t kMaxCounts = 50000;                // of a table that a block adds up in less time than a barrier takes
 constexpr int64_t kZerosOfBlock = int64_t{1} << 17;  // bytes at a barrier: about as long as the wait
 constexpr int64_t kPageBytes = int64_t{2} << 20;
 constexpr int64_t kStaticSharedBytes = 1024;  // at most
@@ -166,10 +165,9 @@ __device__ inline uint32_t sum_before(uint32_t value) {
   return before;
 }
 
-// Adds up the rows of the matrix that are this table's: in shared.start those before `chunk`, the block's own, and in
-// shared.local all.
-__device__ inline void add_up_counts(const SortShared& shared, const SortParams& params, const Item& item,
-                                     const uint16_t* counts, int chunk) {
+// Fills shared.start from the rows of the matrix that are this table's; `chunk` is this block's own.
+__device__ inline void place_digits(const SortShared& shared, const SortParams& params, const Item& item,
+                                    const uint16_t* counts, int chunk) {
   uint32_t* total = shared.local;
   for (uint32_t bin = threadIdx.x; bin < item.bins; bin += kThreads) shared.start[bin] = total[bin] = 0;
   __syncthreads();
@@ -202,79 +200,8 @@ __device__ inline void add_up_counts(const SortShared& shared, const SortParams&
     if (before[j] != 0) atomicAdd(&shared.start[8 * column + j], before[j]);
   }
   __syncthreads();
-}
-
-// The same by all blocks together, eight digits of a table each, where to add up everything in every block would cost
-// more than one more barrier. Leaves in params.before the sums over the chunks before each, and one row more, of all.
-__device__ inline void add_up_columns(const SortParams& params, int pass) {
-  __shared__ uint32_t warp_sum[8][kWarps];
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int columns = params.bins / 8;
-  const int active_warps = min(kWarps, (params.chunks + 31) / 32);
-  for (int work = blockIdx.x; work < params.num_tables * columns; work += gridDim.x) {
-    const int t = work / columns;
-    const int column = work - t * columns;
-    if (pass >= params.table[t].passes || 8 * column >= 1 << params.table[t].digit_bits) continue;
-    const uint16_t* counts = params.counts + static_cast<int64_t>(t) * params.chunks * params.bins + 8 * column;
-    uint32_t* before = params.before + static_cast<int64_t>(t) * (params.chunks + 1) * params.bins + 8 * column;
-    uint32_t carried[8] = {};
-    for (int first = 0; first <= params.chunks; first += kThreads) {
-      const int chunk = first + threadIdx.x;
-      uint4 eight = make_uint4(0, 0, 0, 0);
-      if (chunk < params.chunks) {
-        eight = __ldcg(reinterpret_cast<const uint4*>(counts + static_cast<int64_t>(chunk) * params.bins));
-      }
-      const uint32_t word[4] = {eight.x, eight.y, eight.z, eight.w};
-      uint32_t sum[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const uint32_t own = j % 2 == 0 ? low_half(word[j / 2]) : high_half(word[j / 2]);
-        const uint32_t inclusive = scan_lanes(own, lane);
-        if (lane == 31) warp_sum[j][warp] = inclusive;
-        sum[j] = carried[j] + inclusive - own;
-      }
-      __syncthreads();
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        for (int w = 0; w < active_warps; ++w) {
-          const uint32_t other = warp_sum[j][w];
-          if (w < warp) sum[j] += other;
-          carried[j] += other;
-        }
-      }
-      if (chunk <= params.chunks) {
-        auto* row = reinterpret_cast<uint4*>(before + static_cast<int64_t>(chunk) * params.bins);
-        row[0] = make_uint4(sum[0], sum[1], sum[2], sum[3]);
-        row[1] = make_uint4(sum[4], sum[5], sum[6], sum[7]);
-      }
-      __syncthreads();
-    }
-  }
-}
-
-// Fills shared.start: digits begin behind lower ones, and in a digit chunks behind those before.
-__device__ inline void place_digits(const SortShared& shared, const SortParams& params, const Item& item, int t,
-                                    int chunk) {
-  uint32_t* total = shared.local;
   const uint32_t bin = 2 * threadIdx.x;
   const bool owns = bin < item.bins;
-  if (params.before != nullptr) {
-    const uint32_t* before = params.before + static_cast<int64_t>(t) * (params.chunks + 1) * params.bins;
-    if (owns) {
-      const auto two_of = [&](int row) {
-        return __ldcg(reinterpret_cast<const uint2*>(before + static_cast<int64_t>(row) * params.bins) + threadIdx.x);
-      };
-      const uint2 earlier = two_of(chunk);
-      const uint2 all = two_of(params.chunks);
-      shared.start[bin] = earlier.x;
-      shared.start[bin + 1] = earlier.y;
-      total[bin] = all.x;
-      total[bin + 1] = all.y;
-    }
-  } else {
-    add_up_counts(shared, params, item, params.counts + static_cast<int64_t>(t) * params.chunks * params.bins, chunk);
-  }
   const uint32_t lower = sum_before(owns ? total[bin] + total[bin + 1] : 0);
   if (owns) {
     shared.start[bin] += lower;
@@ -366,14 +293,11 @@ __global__ void __launch_bounds__(kThreads, 1) sort_indices(const __grid_constan
       }
     }
     barrier();
-    if (params.before != nullptr) {
-      add_up_columns(params, pass);
-      barrier();
-    }
     for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
       const Item item(params, i, pass);
       if (pass >= item.table.passes) continue;
-      place_digits(shared, params, item, i / params.chunks, i % params.chunks);
+      const int chunk = i % params.chunks;
+      place_digits(shared, params, item, params.counts + static_cast<int64_t>(i - chunk) * params.bins, chunk);
       for (uint32_t begin = item.begin; begin < item.end; begin += params.tile) {
         if (!keeps) rank(item, begin);
         move_tile(shared, item, tile);
@@ -426,22 +350,14 @@ IndexSort::IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first
   const int64_t entries = args.num_rows * params_.num_tables;
   lookups_bytes_ = round_up(entries * sizeof(Lookup), 256);
   has_two_lists_ = (params_.passes > 1 && !in_cluster_) || with_spare;
-  bytes_ = lookups_bytes_ * (has_two_lists_ ? 2 : 1);
-  if (in_cluster_) return;
-  counts_bytes_ = round_up(params_.num_tables * chunks * params_.bins * static_cast<int64_t>(sizeof(uint16_t)), 256);
-  by_columns_ = chunks * params_.bins > kMaxCounts;
-  bytes_ += counts_bytes_;
-  if (by_columns_) {
-    bytes_ += round_up(params_.num_tables * (chunks + 1) * params_.bins * static_cast<int64_t>(sizeof(uint32_t)), 256);
-  }
+  const int64_t counts_bytes = params_.num_tables * chunks * params_.bins * static_cast<int64_t>(sizeof(uint16_t));
+  bytes_ = lookups_bytes_ * (has_two_lists_ ? 2 : 1) + (in_cluster_ ? 0 : round_up(counts_bytes, 256));
 }
 
 void IndexSort::place(char* memory) {
   params_.lookups[0] = reinterpret_cast<Lookup*>(memory);
   params_.lookups[1] = reinterpret_cast<Lookup*>(memory + lookups_bytes_);  // not used where there is one list
-  char* counts = memory + lookups_bytes_ * (has_two_lists_ ? 2 : 1);
-  params_.counts = reinterpret_cast<uint16_t*>(counts);
-  params_.before = by_columns_ ? reinterpret_cast<uint32_t*>(counts + counts_bytes_) : nullptr;
+  params_.counts = reinterpret_cast<uint16_t*>(memory + lookups_bytes_ * (has_two_lists_ ? 2 : 1));
 }
 
 FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64_t zeros_bytes, cudaStream_t stream) {
@@ -454,7 +370,7 @@ FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64
   // A few zeros hide behind the barriers; more would delay them, and leave too little for a launch of their own.
   const int64_t blocks =
       std::max(blocks_, std::min<int64_t>(device_.properties.num_sms, ceil_div(zeros_bytes, kZerosOfBlock)));
-  const int64_t barriers = (by_columns_ ? 3 : 2) * params_.passes - 1;
+  const int64_t barriers = 2 * params_.passes - 1;
   const int64_t hidden = barriers * blocks * kZerosOfBlock;
   const int64_t inside = zeros_bytes <= hidden + hidden / 2 ? zeros_bytes : hidden;
   if (inside < zeros_bytes) {

@@ -38,7 +38,6 @@ struct SortParams {
   int32_t tile;        // entries that a block ranks at a time
   Lookup* lookups[2];  // [num_tables, num_rows]: a pass reads one and writes the other
   uint16_t* counts;    // [num_tables * chunks, bins]
-  uint32_t* before;    // [num_tables, chunks + 1, bins] their sums over the chunks before, or null
   void* flags;         // zeroed before the first barrier
   int64_t flags_bytes;
   void* zeros;  // written while blocks wait for each other
@@ -70,9 +69,7 @@ class IndexSort {
   bool in_cluster_;
   bool fits_;
   bool has_two_lists_;
-  bool by_columns_ = false;
   int64_t lookups_bytes_ = 0;
-  int64_t counts_bytes_ = 0;
   int64_t bytes_ = 0;
   int64_t shared_bytes_ = 0;
   int64_t max_shared_bytes_ = 0;
