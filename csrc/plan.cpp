@@ -27,6 +27,8 @@ constexpr int64_t kMinPrivateIndicesForSort = kMaxOwnIndicesForSort;
 // PRIVATE in registers: see backward_few_rows.cu. Every block of it takes up to 64 accesses of a row side by side.
 constexpr int64_t kMaxFewRows = 16;
 constexpr int64_t kMinFewRowsIndices = 4096;
+constexpr int64_t kFewRowsOfWide16 = 10;  // 16-bit rows of kWideColumns16 and more: TILE is up to 10% faster beyond
+constexpr int64_t kWideColumns16 = 256;
 constexpr int64_t kFewRowsColumnsPerSm = 32;  // more would leave SMs idle, or not fit
 // Sorting costs 15 to 70 us whatever the columns; then a row costs one read and one write. See sorting_pays().
 constexpr int64_t kMinSortRowBytes = 512;
@@ -64,7 +66,8 @@ constexpr int kMaxSmallCluster = 4;
 constexpr int kSmallClusterSms = 112;  // the same for clusters that find a place anywhere
 constexpr double kZeroBytesPerUs = 4.6e6;
 constexpr double kZeroBytesPerUsOfSm = 5e4;
-constexpr double kMostOverZeros = 1.05;
+constexpr double kReadItemUs = 1.6;  // of a cluster's thread, where the indices of several tables stand side by side
+constexpr double kMostOverZeros = 1.02;
 constexpr double kHiddenZerosUs = 3.7;  // at a barrier of the sort by all blocks
 constexpr int kChunkBytes = 64 * 16;  // of a row that a block takes: 64 threads, 16 bytes each
 
@@ -140,6 +143,10 @@ bool plan_few_rows(const FePlanQuery& query, bool instead_of_sort, FePlan* plan)
     return false;
   }
   if (query.scalar_type == FE_FLOAT64 && !float64_is_fast(query.device)) return false;
+  const bool adds_more_than_it_reads = scalar_bytes(query.scalar_type) == 2 &&
+                                       query.num_embeddings > kFewRowsOfWide16 &&
+                                       query.embedding_dim >= kWideColumns16;
+  if (adds_more_than_it_reads && !instead_of_sort) return false;
   plan->strategy = FE_STRATEGY_PRIVATE;
   plan->threads = 0;
   plan->splits = query.device.num_sms;
@@ -170,14 +177,16 @@ struct ClusterSort {
       if (!fits) continue;
       const double items = std::ceil(lookups / (candidate * kClusterThreads));
       const double sort_us = 4.5 + 0.5 * items + passes * (2 + 1.4 * items);
+      const double read_us = tables > 1 ? kReadItemUs * items : 0;  // before the zeros begin
       const double rate = static_cast<double>(query.device.num_sms - sms) * kZeroBytesPerUsOfSm / kZeroBytesPerUs;
-      const double total_us = sort_us + std::max(0.0, zeros_us - sort_us * std::clamp(rate, 0.0, 1.0));
+      const double total_us = read_us + sort_us + std::max(0.0, zeros_us - sort_us * std::clamp(rate, 0.0, 1.0));
       if (blocks > 0 && total_us > 0.99 * both_us) continue;
       blocks = candidate;
       both_us = total_us;
     }
   }
-  bool hides_behind_zeros() const { return blocks > 0 && both_us <= kMostOverZeros * zeros_us; }
+  // TILE's zeros take as long.
+  bool hides_behind_zeros() const { return pays() && blocks >= kMaxSmallCluster && both_us <= kMostOverZeros * zeros_us; }
   bool pays() const { return blocks > 0 && both_us <= one_after_the_other_us; }
 };
 
