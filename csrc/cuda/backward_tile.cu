@@ -29,7 +29,8 @@ constexpr int kMaxTile = 1024;
 constexpr int kTileStep = 32;
 constexpr int64_t kMaxGroupedInSmallTiles = 4096;
 constexpr int kRoundPack = 4;
-constexpr int kUnroll = 4;       // gradient loads in flight in a thread; 8 spill in bfloat16 and float64
+constexpr int kUnroll = 4;       // gradient loads in flight in a thread; 8 wide ones spill in bfloat16 and float64
+constexpr int kUnrollNarrow = 8;
 constexpr int kMinSlotBits = 8;  // a slot a thread
 constexpr int kMaxLanes = 64;
 constexpr int kMaxTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
@@ -171,15 +172,14 @@ __device__ inline void load_rows(const TileShared& shared, const TileParams& par
                                  int64_t first_row) {
   // All loads, then all checks: a use of one index would make the next load wait for it.
   const auto has = [&](int position) { return position < params.tile && first_row + position < params.num_rows; };
+  const int64_t first =
+      (first_row + threadIdx.x) * params.index_row_stride + table.index_column * params.index_table_stride;
   int64_t index[kItems];
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
-    const int position = k * kThreads + threadIdx.x;
     index[k] = 0;
-    if (has(position)) {
-      index[k] =
-          load_index(params.indices, params.index_type,
-                     (first_row + position) * params.index_row_stride + table.index_column * params.index_table_stride);
+    if (has(k * kThreads + threadIdx.x)) {
+      index[k] = load_index(params.indices, params.index_type, first + k * kThreads * params.index_row_stride);
     }
   }
   uint32_t row[kItems];
@@ -274,12 +274,12 @@ struct TileShare {
 };
 
 // Sums the runs of the grouped list and adds each to the gradient.
-template <typename scalar_t, int kSize>
+template <typename scalar_t, int kSize, int kLoads>
 __device__ inline void add_runs(const TileShared& shared, const TileParams& params, const TileTable& table,
                                 int64_t first_row, int chunk, uint32_t total) {
   using sum_t = acc_t<scalar_t>;
   const TileShare<scalar_t, kSize> share(params, table, first_row, chunk);
-  sum_runs<scalar_t, kSize, kUnroll, true>(
+  sum_runs<scalar_t, kSize, kLoads, true>(
       total, table.lanes, share.active, *static_cast<Edges<sum_t, kSize, kThreads>*>(shared.edges),
       [&](uint32_t i) { return shared.grouped[i] & 0xffffu; },
       [&](uint32_t i) { return share.grad + (shared.grouped[i] >> 16) * params.grad_output_stride; },
@@ -299,26 +299,26 @@ __device__ inline void wait_for_zeros(const TileParams& params) {
 
 // Adds each lookup of a tile to the gradient by itself, once it is zeroed: `*zeroed` says if that is known. `ahead`
 // holds this thread's first gradients.
-template <typename scalar_t, int kSize, int kColumns>
+template <typename scalar_t, int kSize, int kLoads, int kColumns>
 __device__ inline void add_lookups(const TileShared& shared, const TileParams& params, const TileTable& table,
                                    int64_t first_row, int chunk, const Pack<scalar_t, kColumns> (&ahead)[kAhead],
                                    bool* zeroed) {
   const TileShare<scalar_t, kSize> share(params, table, first_row, chunk);
-  for (int first = 0; first < share.length; first += share.groups * kUnroll) {
-    Pack<scalar_t, kColumns> value[kUnroll] = {};  // for the reason in sum_runs
+  for (int first = 0; first < share.length; first += share.groups * kLoads) {
+    Pack<scalar_t, kColumns> value[kLoads] = {};  // for the reason in sum_runs
     if (first > 0) {
-      share.template load<0, kUnroll>(params, first, value);
+      share.template load<0, kLoads>(params, first, value);
     } else {
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) value[k] = ahead[k];
-      share.template load<kAhead, kUnroll>(params, first, value);
+      share.template load<kAhead, kLoads>(params, first, value);
     }
     if (!*zeroed) {
       wait_for_zeros(params);
       *zeroed = true;
     }
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
+    for (int k = 0; k < kLoads; ++k) {
       const int position = first + k * share.groups + share.group;
       const uint32_t row = share.active && position < share.length ? shared.grouped[position] : kSkip;
       if (row == kSkip) continue;
@@ -334,6 +334,7 @@ __device__ inline void add_lookups(const TileShared& shared, const TileParams& p
 template <typename scalar_t, int kSize>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __grid_constant__ TileParams params) {
   using sum_t = acc_t<scalar_t>;
+  constexpr int kLoads = kSize == 1 ? kUnrollNarrow : kUnroll;
   extern __shared__ __align__(16) char memory[];
   const TileShared shared(memory, params);
   const auto grid = cooperative_groups::this_grid();
@@ -378,11 +379,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
         zeroed = true;
       }
       with_pack<scalar_t, kSize, kWidest<scalar_t>>(table.pack, [&](auto pack) {
-        add_runs<scalar_t, decltype(pack)::value>(shared, params, table, first_row, chunk, total);
+        add_runs<scalar_t, decltype(pack)::value, kLoads>(shared, params, table, first_row, chunk, total);
       });
     } else {
       with_pack<scalar_t, kSize, kWidest<scalar_t>>(table.pack, [&](auto pack) {
-        add_lookups<scalar_t, decltype(pack)::value>(shared, params, table, first_row, chunk, ahead, &zeroed);
+        add_lookups<scalar_t, decltype(pack)::value, kLoads>(shared, params, table, first_row, chunk, ahead, &zeroed);
       });
     }
     __syncthreads();
@@ -432,8 +433,9 @@ FeStatus launch(TileParams& params, Begin begin, const DeviceInfo& device, cudaS
   const int64_t wanted =
       std::max<int64_t>(params.num_work, ceil_div(passed_bytes, kThreads * 16 * (params.round_last ? 1 : 4)));
   const dim3 grid(static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, resident)));
-  return launch_cooperative(tile_backward<scalar_t, kSize>, grid, dim3(kThreads), shared, params, begin, device, stream,
-                            "backward_tile");
+  const bool has_barriers = params.zero_first || params.round_last;
+  return fast_embedding::launch(tile_backward<scalar_t, kSize>, grid, dim3(kThreads), shared, params, has_barriers, begin,
+                                device, stream, "backward_tile");
 }
 
 // Calls f with the columns in an access (or kMixed) as a constant.

@@ -304,22 +304,34 @@ FeStatus launch(void (*kernel)(Params...), dim3 grid, dim3 block, Begin begin, c
   return check_cuda(cudaLaunchKernelEx(&config, kernel, params...), what);
 }
 
-// All blocks must fit the device at once: the kernel has barriers across the grid.
+// `cooperative`: all blocks must fit the device at once, for the kernel has barriers across the grid. Such a launch runs
+// beside no other: that it begins EARLY spares it no more than its own start.
 template <typename Params>
-FeStatus launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_bytes, const Params& params,
-                            Begin begin, const DeviceInfo& device, cudaStream_t stream, const char* what) {
-  cudaLaunchAttribute attributes[2] = {{}, early_attribute()};
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
+FeStatus launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_bytes, const Params& params,
+                bool cooperative, Begin begin, const DeviceInfo& device, cudaStream_t stream, const char* what) {
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (cooperative) {
+    attributes[count] = {};
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (begins_early(begin, device)) attributes[count++] = early_attribute();
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = begins_early(begin, device) ? 2 : 1;
+  config.numAttrs = count;
   void* arguments[] = {const_cast<Params*>(&params)};  // which are read only
   return check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), what);
+}
+
+template <typename Params>
+FeStatus launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_bytes, const Params& params,
+                            Begin begin, const DeviceInfo& device, cudaStream_t stream, const char* what) {
+  return launch(kernel, grid, block, shared_bytes, params, true, begin, device, stream, what);
 }
 
 // Enqueues zeros, beside the launch before if EARLY. What comes after waits for both.
