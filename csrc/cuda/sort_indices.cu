@@ -277,30 +277,31 @@ __global__ void __launch_bounds__(kThreads, 1) sort_indices(const __grid_constan
     read_tile(params, item, tile);
     rank_tile(shared, item, tile);
   };
-  for (int pass = 0; pass < params.passes; ++pass) {
-    if (pass > 0) barrier();
-    for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
-      const Item item(params, i, pass);
-      if (pass >= item.table.passes) continue;
-      const bool owns = 2 * threadIdx.x < item.bins;
-      uint32_t count = 0;
-      for (uint32_t begin = item.begin; begin < item.end; begin += params.tile) {
-        rank(item, begin);
-        if (owns) count += shared.count[threadIdx.x];
-      }
-      if (owns) {
-        reinterpret_cast<uint32_t*>(params.counts + static_cast<int64_t>(i) * params.bins)[threadIdx.x] = count;
-      }
-    }
-    barrier();
+  // One loop for both halves of a pass, so that the code to rank stands in it once: what does not fit the instruction
+  // cache is read again in every pass.
+#pragma unroll 1
+  for (int half = 0; half < 2 * params.passes; ++half) {
+    const int pass = half / 2;
+    const bool moves = half % 2 == 1;
+    if (half > 0) barrier();
     for (int i = blockIdx.x; i < num_items; i += gridDim.x) {
       const Item item(params, i, pass);
       if (pass >= item.table.passes) continue;
       const int chunk = i % params.chunks;
-      place_digits(shared, params, item, params.counts + static_cast<int64_t>(i - chunk) * params.bins, chunk);
+      uint16_t* const counts = params.counts + static_cast<int64_t>(i - chunk) * params.bins;  // of the table
+      if (moves) place_digits(shared, params, item, counts, chunk);
+      const bool owns = 2 * threadIdx.x < item.bins;
+      uint32_t count = 0;
       for (uint32_t begin = item.begin; begin < item.end; begin += params.tile) {
-        if (!keeps) rank(item, begin);
-        move_tile(shared, item, tile);
+        if (!moves || !keeps) rank(item, begin);
+        if (moves) {
+          move_tile(shared, item, tile);
+        } else if (owns) {
+          count += shared.count[threadIdx.x];
+        }
+      }
+      if (!moves && owns) {
+        reinterpret_cast<uint32_t*>(counts + static_cast<int64_t>(chunk) * params.bins)[threadIdx.x] = count;
       }
     }
   }
