@@ -251,7 +251,7 @@ class PrivateTables {
  private:
   bool sums() const { return args_.combination == FE_SUM; }
   int64_t threads_for(int64_t rows) const {
-    const int64_t fitting = device_.shared_bytes_per_block / (rows * accumulator_bytes(args_.scalar_type) + 1);
+    const int64_t fitting = device_.shared_bytes_per_block / (rows * accumulator_bytes(args_.scalar_type));
     return std::min<int64_t>(fitting, kMaxPrivateThreads) / 32 * 32;
   }
   // In shared memory, and in scratch a block's sums for each SM.

@@ -113,13 +113,23 @@ __device__ inline void write_sum(const PrivateParams<kTables>& params, const Pri
   static_cast<scalar_t*>(params.grad_weight)[table.weight_offset + at] = narrow<scalar_t>(total);
 }
 
-// Phase 1, the end: a group of threads sums the copies of one element, another group the next.
+// Phase 1, the end: leaves the block's sum of an element where phase 2 or the gradient has it.
 template <typename scalar_t, int kTables>
-__device__ inline void sum_copies(const PrivateParams<kTables>& params, int first_lane, const uint8_t* table_of_lane,
+__device__ inline void leave_sum(const PrivateParams<kTables>& params, int t, int at, acc_t<scalar_t> total) {
+  if (params.splits > 1) {
+    auto* partials = static_cast<acc_t<scalar_t>*>(params.partials);
+    partials[static_cast<int64_t>(blockIdx.x) * params.num_elements + params.first_element[t] + at] = total;
+  } else {
+    write_sum<scalar_t>(params, params.table[t], at, total);
+  }
+}
+
+// Of one table: a group of threads sums the copies of one element, another group the next.
+template <typename scalar_t, int kTables>
+__device__ inline void sum_copies(const PrivateParams<kTables>& params, int first_lane,
                                   const acc_t<scalar_t>* copies) {
   using sum_t = acc_t<scalar_t>;
-  sum_t* partial = static_cast<sum_t*>(params.partials) + static_cast<int64_t>(blockIdx.x) * params.num_elements;
-  const int elements = params.max_rows * params.lanes;  // of this block, and what smaller tables lack
+  const int elements = params.max_rows * params.lanes;  // of this block
   int width = 1;
   while (width < 32 && elements * width * 2 <= static_cast<int>(blockDim.x)) width *= 2;
   const int groups = blockDim.x / width;
@@ -138,16 +148,29 @@ __device__ inline void sum_copies(const PrivateParams<kTables>& params, int firs
     }
     total = sum_group(total, width);
     if (element < elements && member == 0 && first_lane + lane < params.num_lanes) {
-      const int t = kTables > 1 ? table_of_lane[lane] : 0;
-      const PrivateTable& table = params.table[t];
-      if (row >= table.num_embeddings) continue;
-      const int at = row * table.embedding_dim + first_lane + lane - params.first_lane[t];
-      if (params.splits > 1) {
-        partial[params.first_element[t] + at] = total;
-      } else {
-        write_sum<scalar_t>(params, table, at, total);
-      }
+      leave_sum<scalar_t>(params, 0, row * params.table[0].embedding_dim + first_lane + lane, total);
     }
+  }
+}
+
+// Of several: a thread keeps its column, and so its table, and takes every params.copies-th row. By elements as above
+// each one's table has to be looked up, and that took longer than the additions.
+template <typename scalar_t, int kTables>
+__device__ inline void sum_copies_of_column(const PrivateParams<kTables>& params, int first_lane,
+                                            const acc_t<scalar_t>* copies) {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));  // else what follows from it is kept through the additions, and they spill
+  const int copy = thread / params.lanes;
+  const int lane = thread - copy * params.lanes;
+  const int column = first_lane + lane;
+  if (copy >= params.copies || column >= params.num_lanes) return;
+  const int t = find_last(params.first_lane, params.num_tables, column);
+  const PrivateTable& table = params.table[t];
+  for (int row = copy; row < table.num_embeddings; row += params.copies) {
+    acc_t<scalar_t> total = 0;
+#pragma unroll 4
+    for (int c = 0; c < params.copies; ++c) total += copies[row * blockDim.x + c * params.lanes + lane];
+    leave_sum<scalar_t>(params, t, row * table.embedding_dim + column - params.first_lane[t], total);
   }
 }
 
@@ -168,7 +191,6 @@ __global__ void __launch_bounds__(kMaxThreads) private_backward(const __grid_con
   extern __shared__ __align__(16) char shared[];
   // Row v of thread t at [v * blockDim.x + t]: a warp's accesses never meet in a bank, whatever the indices.
   sum_t* copies = reinterpret_cast<sum_t*>(shared);
-  uint8_t* table_of_lane = reinterpret_cast<uint8_t*>(copies + params.max_rows * blockDim.x);
   for (int row = 0; row < params.max_rows; ++row) copies[row * blockDim.x + threadIdx.x] = 0;
   // No barrier: a thread has cleared what it owns.
 
@@ -177,7 +199,6 @@ __global__ void __launch_bounds__(kMaxThreads) private_backward(const __grid_con
   const int lane = first_lane + threadIdx.x - copy * params.lanes;
   if (copy < params.copies && lane < params.num_lanes) {
     const int t = kTables > 1 ? find_last(params.first_lane, params.num_tables, lane) : 0;
-    if (kTables > 1 && copy == 0) table_of_lane[threadIdx.x] = static_cast<uint8_t>(t);
     const PrivateTable& table = params.table[t];
     // Neighbouring copies take neighbouring rows, so that short rows are still read in full lines.
     const int first_row = blockIdx.x * params.copies + copy;
@@ -198,7 +219,11 @@ __global__ void __launch_bounds__(kMaxThreads) private_backward(const __grid_con
   }
   __syncthreads();
   wait_for_last_launch();
-  sum_copies<scalar_t>(params, first_lane, table_of_lane, copies);
+  if constexpr (kTables == 1) {
+    sum_copies<scalar_t>(params, first_lane, copies);
+  } else {
+    sum_copies_of_column<scalar_t>(params, first_lane, copies);
+  }
 
   // What is no table's is zero.
   const int block = blockIdx.y * gridDim.x + blockIdx.x;
@@ -234,7 +259,7 @@ FeStatus launch(PrivateParams<kTables> params, int threads, Begin begin, const D
       allow_shared_memory(reinterpret_cast<const void*>(kernel), device.properties.shared_bytes_per_block, device,
                           &allowed, "backward_private shared memory");
   if (status != FE_OK) return status;
-  const int64_t shared_bytes = threads * (params.max_rows * sizeof(acc_t<scalar_t>) + (kTables > 1 ? 1 : 0));
+  const int64_t shared_bytes = threads * params.max_rows * sizeof(acc_t<scalar_t>);
   const dim3 grid(params.splits, static_cast<unsigned>(ceil_div(params.num_lanes, params.lanes)));
   if (params.splits == 1) {
     kernel<<<grid, threads, shared_bytes, stream>>>(params);
@@ -341,8 +366,7 @@ FeStatus backward_private(const FePlan& plan, const BackwardCall& call, const De
     rows = std::max(rows, table.num_embeddings);
     columns += table.embedding_dim;
   }
-  const int64_t lane_bytes = call.tables.size() > 1 ? 1 : 0;
-  const int64_t shared_bytes = plan.threads * (rows * accumulator_bytes(call.args.scalar_type) + lane_bytes);
+  const int64_t shared_bytes = plan.threads * rows * accumulator_bytes(call.args.scalar_type);
   if (shared_bytes > device.properties.shared_bytes_per_block ||
       columns > int64_t{plan.threads} * device.properties.num_sms) {
     return FE_INVALID_ARGUMENT;
