@@ -69,7 +69,7 @@ constexpr double kZeroBytesPerUsOfSm = 5e4;
 constexpr double kReadItemUs = 1.6;  // of a cluster's thread, where the indices of several tables stand side by side
 constexpr double kMostOverZeros = 1.02;
 constexpr double kHiddenZerosUs = 3.7;  // at a barrier of the sort by all blocks
-constexpr int kChunkBytes = 64 * 16;  // of a row that a block takes: 64 threads, 16 bytes each
+constexpr int kChunkBytes = 64 * 16;    // of a row that a block takes: 64 threads, 16 bytes each
 
 int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
 int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
@@ -144,8 +144,7 @@ bool plan_few_rows(const FePlanQuery& query, bool instead_of_sort, FePlan* plan)
   }
   if (query.scalar_type == FE_FLOAT64 && !float64_is_fast(query.device)) return false;
   const bool adds_more_than_it_reads = scalar_bytes(query.scalar_type) == 2 &&
-                                       query.num_embeddings > kFewRowsOfWide16 &&
-                                       query.embedding_dim >= kWideColumns16;
+                                       query.num_embeddings > kFewRowsOfWide16 && query.embedding_dim >= kWideColumns16;
   if (adds_more_than_it_reads && !instead_of_sort) return false;
   plan->strategy = FE_STRATEGY_PRIVATE;
   plan->threads = 0;
@@ -166,8 +165,7 @@ struct ClusterSort {
     const double passes = query.num_embeddings >= int64_t{1} << 20 ? 3 : query.num_embeddings >= 1 << 10 ? 2 : 1;
     const double zeros = query.sparse ? 0 : static_cast<double>(query.grad_weight_numel);
     zeros_us = zeros * scalar_bytes(query.scalar_type) / kZeroBytesPerUs;
-    const double all_blocks_us =
-        4 + 5.5 * passes + (1 + passes) * lookups * static_cast<double>(tables) / 52000;
+    const double all_blocks_us = 4 + 5.5 * passes + (1 + passes) * lookups * static_cast<double>(tables) / 52000;
     one_after_the_other_us = all_blocks_us + std::max(0.0, zeros_us - kHiddenZerosUs * (2 * passes - 1));
     for (const int32_t candidate : {16, 8, 4, 2, 1}) {
       const int64_t sms = tables * candidate;
@@ -186,7 +184,9 @@ struct ClusterSort {
     }
   }
   // TILE's zeros take as long.
-  bool hides_behind_zeros() const { return pays() && blocks >= kMaxSmallCluster && both_us <= kMostOverZeros * zeros_us; }
+  bool hides_behind_zeros() const {
+    return pays() && blocks >= kMaxSmallCluster && both_us <= kMostOverZeros * zeros_us;
+  }
   bool pays() const { return blocks > 0 && both_us <= one_after_the_other_us; }
 };
 

@@ -29,7 +29,7 @@ constexpr int kMaxTile = 1024;
 constexpr int kTileStep = 32;
 constexpr int64_t kMaxGroupedInSmallTiles = 4096;
 constexpr int kRoundPack = 4;
-constexpr int kUnroll = 4;       // gradient loads in flight in a thread; 8 wide ones spill in bfloat16 and float64
+constexpr int kUnroll = 4;  // gradient loads in flight in a thread; 8 wide ones spill in bfloat16 and float64
 constexpr int kUnrollNarrow = 8;
 constexpr int kMinSlotBits = 8;  // a slot a thread
 constexpr int kMaxLanes = 64;
@@ -434,8 +434,8 @@ FeStatus launch(TileParams& params, Begin begin, const DeviceInfo& device, cudaS
       std::max<int64_t>(params.num_work, ceil_div(passed_bytes, kThreads * 16 * (params.round_last ? 1 : 4)));
   const dim3 grid(static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, resident)));
   const bool has_barriers = params.zero_first || params.round_last;
-  return fast_embedding::launch(tile_backward<scalar_t, kSize>, grid, dim3(kThreads), shared, params, has_barriers, begin,
-                                device, stream, "backward_tile");
+  return fast_embedding::launch(tile_backward<scalar_t, kSize>, grid, dim3(kThreads), shared, params, has_barriers,
+                                begin, device, stream, "backward_tile");
 }
 
 // Calls f with the columns in an access (or kMixed) as a constant.

@@ -304,8 +304,8 @@ FeStatus launch(void (*kernel)(Params...), dim3 grid, dim3 block, Begin begin, c
   return check_cuda(cudaLaunchKernelEx(&config, kernel, params...), what);
 }
 
-// `cooperative`: all blocks must fit the device at once, for the kernel has barriers across the grid. Such a launch runs
-// beside no other: that it begins EARLY spares it no more than its own start.
+// `cooperative`: all blocks must fit the device at once, for the kernel has barriers across the grid. Such a launch
+// runs beside no other: that it begins EARLY spares it no more than its own start.
 template <typename Params>
 FeStatus launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_bytes, const Params& params,
                 bool cooperative, Begin begin, const DeviceInfo& device, cudaStream_t stream, const char* what) {

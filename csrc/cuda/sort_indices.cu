@@ -22,9 +22,9 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kItems = 16;                   // entries of a thread in a tile, at the most
 constexpr int kMaxTile = kThreads * kItems;  // entries ranked at a time
-constexpr int kReads = 4;                    // of indices in flight in a thread: more are code that few lookups jump over
-constexpr int kMinDigitBits = 3;             // counts are read eight at a time
-constexpr int64_t kMaxChunk = 32768;         // counts are of 16 bits
+constexpr int kReads = 4;             // of indices in flight in a thread: more are code that few lookups jump over
+constexpr int kMinDigitBits = 3;      // counts are read eight at a time
+constexpr int64_t kMaxChunk = 32768;  // counts are of 16 bits
 constexpr int64_t kMinChunk = kThreads;
 constexpr int kLoads = 8;                            // of counts in flight in a thread
 constexpr int64_t kZerosOfBlock = int64_t{1} << 17;  // bytes at a barrier: about as long as the wait
@@ -93,8 +93,8 @@ struct Tile {
 __device__ inline void read_tile(const SortParams& params, const Item& item, Tile& tile) {
   if (item.source == nullptr) {
     // Some loads, then their checks: a use of an index would make the next load wait for it.
-    const int64_t first = (tile.begin + tile.at(0)) * params.index_row_stride +
-                          item.table.index_column * params.index_table_stride;
+    const int64_t first =
+        (tile.begin + tile.at(0)) * params.index_row_stride + item.table.index_column * params.index_table_stride;
     const int64_t step = 32 * params.index_row_stride;
     bool in_range = true;
 #pragma unroll
@@ -109,7 +109,8 @@ __device__ inline void read_tile(const SortParams& params, const Item& item, Til
 #pragma unroll
       for (int k = 0; k < kReads; ++k) {
         if (!tile.has(from + k)) continue;
-        in_range = in_range && is_in_range(index[k], item.table.num_embeddings);  // nor is a negative int32, as V < 2^31
+        in_range =
+            in_range && is_in_range(index[k], item.table.num_embeddings);  // nor is a negative int32, as V < 2^31
         const bool padding = index[k] == item.table.padding_idx;
         tile.entry[from + k] = {padding ? item.table.num_embeddings : static_cast<uint32_t>(index[k]),
                                 tile.begin + tile.at(from + k)};

@@ -65,8 +65,8 @@ __device__ inline uint32_t look_back(const SumParams& params, int64_t work, int 
 }
 
 // The sums of a part that lies in shared memory. kScaled: a row's sum is divided by the number of its lookups, which
-// the sorted list tells. kAmongOthers: the kernel has other accesses, too, and needs the registers; where it has not, they
-// keep a fourth block off an SM, with which float32 rows of some hundred columns take 10% longer.
+// the sorted list tells. kAmongOthers: the kernel has other accesses, too, and needs the registers; where it has not,
+// they keep a fourth block off an SM, with which float32 rows of some hundred columns take 10% longer.
 template <typename scalar_t, int kSize, bool kScaled, bool kAmongOthers>
 __device__ inline void sum_part(const SumParams& params, const SumTable& table, const Part& part, PartShared& shared,
                                 SumShared<acc_t<scalar_t>, kSize>& sums) {
