@@ -104,7 +104,7 @@ lint-python: $(VENV)/.lint $(VENV)/.torch
 	$(BIN)/ruff check . $(PYTHON_TOOLS)
 	$(BIN)/mypy
 lint-native: $(VENV)/.lint
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	find csrc tests tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
 lint-scripts: $(VENV)/.lint
 	$(BIN)/shellcheck .ci/run $(SHELL_TOOLS) docker/entrypoint
 	$(BIN)/hadolint docker/Dockerfile
@@ -118,7 +118,7 @@ lint-scripts: $(VENV)/.lint
 format: $(VENV)/.lint ## Rewrite the sources as `make lint` wants them.
 	$(BIN)/ruff format . $(PYTHON_TOOLS)
 	$(BIN)/ruff check --fix --exit-zero . $(PYTHON_TOOLS)
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
+	find csrc tests tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 .PHONY: clean
 clean: ## Remove what the commands above made, .venv included.
