@@ -72,13 +72,16 @@ def test_deterministic_strategies(plan, v, d, n, strategy):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_few_rows_are_summed_in_registers(plan, deterministic):
     for scalar_type in range(4):
-        for v, d, n in ((1, 1, 4096), (10, 4, 1 << 20), (16, 4224, 1 << 20)):
+        for v, d, n in ((1, 1, 4096), (10, 4, 1 << 20), (10, 4224, 1 << 20), (16, 255, 1 << 20)):
             chosen = plan(v, d, n, scalar_type, deterministic)
             assert (chosen.strategy, chosen.threads, chosen.splits) == (abi.PRIVATE, 0, H200.num_sms)
     assert plan(17, 4, 1 << 20, deterministic=deterministic).threads > 0
     assert plan(16, 4225, 1 << 20, deterministic=deterministic).strategy != abi.PRIVATE  # more slices than blocks fill
     assert plan(10, 4, 1 << 20, abi.FLOAT32, deterministic, T4).threads == 0
     assert plan(10, 4, 1 << 20, abi.FLOAT64, deterministic, T4).threads > 0  # adds it at a thirty-second of the rate
+    assert plan(11, 256, 1 << 16, abi.FLOAT32, deterministic).strategy == abi.PRIVATE
+    wide16 = plan(11, 256, 1 << 16, abi.BFLOAT16, deterministic)  # more additions than the bytes take
+    assert wide16.strategy == (abi.PRIVATE if deterministic else abi.TILE)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +106,19 @@ def test_a_cluster_sorts_behind_the_zeros(plan, v, d, n, blocks):
 
 
 def test_clusters_of_all_tables_leave_blocks_for_the_zeros(plan):
-    assert plan(4000000, 64, 16384, num_tables=4).cluster == 16
-    assert plan(4000000, 64, 16384, num_tables=5).cluster == 8
-    assert plan(4000000, 64, 16384, num_tables=16).cluster == 4
-    assert plan(4000000, 64, 16384, num_tables=17).cluster == 0
+    def cluster(v, n, num_tables):
+        return plan(v, 64, n, num_tables=num_tables, deterministic=True).cluster
+
+    assert cluster(4000000, 16384, 2) == 16
+    assert cluster(4000000, 16384, 5) == 8
+    # Small ones find a place on most SMs, but the fewer they take, the faster are the zeros.
+    assert cluster(4000000, 16384, 16) == 4
+    assert cluster(4000000, 16384, 26) == 2
+    assert cluster(4000000, 65536, 16) == 4
+    assert cluster(4000000, 65536, 28) == 4
+    assert cluster(4000000, 65536, 29) == 0
+    assert cluster(500000, 65536, 10) == 0  # the indices would be waited for
+    assert plan(4000000, 64, 16384, num_tables=16).strategy == abi.TILE
 
 
 def test_a_sparse_gradient_of_few_lookups_is_sorted_by_a_cluster(plan):
