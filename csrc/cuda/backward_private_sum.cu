@@ -166,14 +166,19 @@ template <typename scalar_t>
 __device__ inline void sort_tiles(const SumParams& params, int64_t first_row, int rows, char* shared) {
   const bool shares = params.tiles > 1;
   const int blocks = shares ? gridDim.y : 1;
+  const int first_tile = shares ? blockIdx.y : 0;
+  const int tiles = (rows + params.tile - 1) / params.tile;
+  const int jobs = (tiles - first_tile + blocks - 1) / blocks * params.num_groups;
   const int warp = threadIdx.x / 32;
   const int row_bytes = params.columns * static_cast<int>(sizeof(scalar_t));
-  const int jobs = (rows + params.tile - 1) / params.tile * params.num_groups;
   if (warp >= params.sort_warps) return;
   uint32_t* counters = reinterpret_cast<uint32_t*>(shared) + warp * params.bins;
-  for (int job = warp * blocks + (shares ? blockIdx.y : 0); job < jobs; job += params.sort_warps * blocks) {
-    const int tile = job / params.num_groups;
-    const int g = job - tile * params.num_groups;
+  // All groups of a tile in one block: they read the same sectors of the indices, which its L1 then has. The shuffle
+  // keeps the compiler from taking job for warp, of which it would spill a copy for every counter.
+  for (int job = __shfl_sync(kFullWarp, warp, 0); job < jobs; job += params.sort_warps) {
+    const int turn = job / params.num_groups;
+    const int g = job - turn * params.num_groups;
+    const int tile = turn * blocks + first_tile;
     const int begin = tile * params.tile;
     const int tile_rows = min(rows - begin, params.tile);
     auto* list = reinterpret_cast<uint32_t*>(shares ? list_in_scratch(params, tile) : shared + params.layout.lists);
@@ -234,10 +239,11 @@ struct Part {
   uint32_t first_sum;
   uint32_t place_bytes;  // 0 behind the last column: such threads keep all sums in their edges, which nobody reads
   uint32_t edge;
+  const char* source;  // the thread's columns in grad_output, in its lane group's first row; null where it copies none
 };
 
 template <typename scalar_t>
-__device__ inline Part find_part(const SumParams& params, const char* shared) {
+__device__ inline Part find_part(const SumParams& params, int64_t first_row, const char* shared) {
   using sum_t = acc_t<scalar_t>;
   const int lane_group = static_cast<int>(threadIdx.x) >> params.lane_bits;
   const int lane = static_cast<int>(threadIdx.x) - (lane_group << params.lane_bits);
@@ -251,11 +257,67 @@ __device__ inline Part find_part(const SumParams& params, const char* shared) {
   part.edge = base + params.layout.edges + threadIdx.x * sizeof(Pack<sum_t, kQuad>);
   part.first_sum = owns ? base + column * sizeof(sum_t) : part.edge;
   part.place_bytes = owns ? params.columns * sizeof(sum_t) : 0;
+  const int first_column = blockIdx.y * params.columns + column;
+  const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + first_column;
+  const bool copies = params.copies_quads && owns && first_column < params.embedding_dim;
+  part.source =
+      copies ? reinterpret_cast<const char*>(grad + (first_row + lane_group) * params.grad_output_stride) : nullptr;
   // Or the compiler finds it all anew for every tile.
   asm volatile(""
                : "+r"(part.begin), "+r"(part.list), "+r"(part.gradient), "+r"(part.edge), "+r"(part.first_sum),
-                 "+r"(part.place_bytes));
+                 "+r"(part.place_bytes), "+l"(part.source));
   return part;
+}
+
+// What a thread copies of the next tile while it sums: its columns of every so many rows, asked for row by row. All at
+// once they would fill the queue of the loads, and the warps would wait for it instead of adding.
+struct Copies {
+  const char* source;
+  int target;  // from where shared memory begins
+  int end;     // of the targets
+};
+
+template <typename scalar_t>
+__device__ inline Copies find_copies(const SumParams& params, const Part& part, int begin, int rows, int buffer) {
+  if (part.source == nullptr) return {nullptr, 0, 0};
+  const int pitch = params.columns * static_cast<int>(sizeof(scalar_t));
+  const int first = params.layout.tiles + buffer * params.layout.tile_bytes;
+  const int lane_group = static_cast<int>(threadIdx.x) >> params.lane_bits;
+  const int lane = static_cast<int>(threadIdx.x) - (lane_group << params.lane_bits);
+  const int target = first + lane_group * pitch + lane * kQuad * static_cast<int>(sizeof(scalar_t));
+  return {part.source + begin * params.grad_output_stride * static_cast<int64_t>(sizeof(scalar_t)), target,
+          first + rows * pitch};
+}
+
+template <typename scalar_t>
+__device__ inline void copy_next(const SumParams& params, Copies& copies, char* shared) {
+  constexpr int kBytes = kQuad * sizeof(scalar_t);
+  constexpr int kStep = kBytes < 16 ? kBytes : 16;
+  if (copies.target < copies.end) {
+#pragma unroll
+    for (int at = 0; at < kBytes; at += kStep) {
+      __pipeline_memcpy_async(shared + copies.target + at, copies.source + at, kStep);
+    }
+  }
+  copies.source += params.source_step;
+  copies.target += params.target_step;
+}
+
+template <typename scalar_t>
+__device__ inline void add(Pack<acc_t<scalar_t>, kQuad>& sum, const Pack<scalar_t, kQuad>& value) {
+  if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) {
+    // By pairs, since for the upper one of a word the compiler takes two instructions.
+    uint32_t word[kQuad / 2];
+    memcpy(word, &value, sizeof(word));
+#pragma unroll
+    for (int w = 0; w < kQuad / 2; ++w) {
+      sum.value[2 * w] += __uint_as_float(word[w] << 16);
+      sum.value[2 * w + 1] += __uint_as_float(word[w] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) sum.value[j] += widen(value.value[j]);
+  }
 }
 
 // A run that goes on beyond the share of the lane group in which it began, and its sum's address.
@@ -269,13 +331,16 @@ struct OpenRun {
 // Step 2.
 template <typename scalar_t>
 __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, const Part& part, int rows, int buffer,
-                                                    char* shared) {
+                                                    Copies copies, char* shared) {
   using sum_t = acc_t<scalar_t>;
   using Sum = Pack<sum_t, kQuad>;
   constexpr int kSteps = kUnroll<scalar_t>;
   const Layout& layout = params.layout;
   OpenRun<sum_t> open;
   const int left = params.num_groups * rows - part.begin;  // entries from the share's begin on
+  // As many copies are left as there are steps.
+  const int steps = (max(min(params.share, left), 0) + kSteps - 1) / kSteps;
+  while (copies.target + steps * params.target_step < copies.end) copy_next<scalar_t>(params, copies, shared);
   if (left <= 0) return open;
   const uint32_t gradient = part.gradient + buffer * layout.tile_bytes;
   uint32_t at = part.list + buffer * layout.list_bytes;
@@ -290,6 +355,7 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
   Sum sum = load_shared<Sum>(to);
 #pragma unroll 1
   for (; at < end; at += kSteps * 4) {
+    copy_next<scalar_t>(params, copies, shared);
     const auto entries = load_shared<Pack<uint32_t, kSteps>>(at);
     Pack<scalar_t, kQuad> value[kSteps];
 #pragma unroll
@@ -305,8 +371,7 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
         sum = load_shared<Sum>(to);
       }
       current = place;
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) sum.value[j] += widen(value[k].value[j]);
+      add(sum, value[k]);
     }
   }
   const bool outgoing = params.share < left && place_at(end) == current;
@@ -361,13 +426,19 @@ __device__ inline void sum_places(const SumParams& params, const char* shared) {
     if (local != table.padding_idx) {
       const int count = group.places / table.num_embeddings;
       const int first = group.first_place + local * table.multiplier;
+      const auto* at = sums + first * quads + item - row * quads;
+      const int jump = table.multiplier * (table.num_embeddings - 1) * quads;  // over the table's other rows
+      int in_turn = table.multiplier;
 #pragma unroll 4
       for (int k = 0; k < count; ++k) {
-        const int high = small_quotient(k, table.multiplier);
-        const int place = first + k + high * table.multiplier * (table.num_embeddings - 1);
-        const Pack<sum_t, kQuad> addend = sums[place * quads + item - row * quads];
+        const Pack<sum_t, kQuad> addend = *at;
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) sum.value[j] += addend.value[j];
+        at += quads;
+        if (--in_turn == 0) {
+          in_turn = table.multiplier;
+          at += jump;
+        }
       }
     }
     partials[item] = sum;
@@ -378,6 +449,8 @@ __device__ inline void sum_places(const SumParams& params, const char* shared) {
 template <typename scalar_t>
 __device__ inline void sum_splits(const SumParams& params) {
   using sum_t = acc_t<scalar_t>;
+  constexpr int kLoads = 16;  // at once, also where fewer are left
+  const int splits = gridDim.x;
   scalar_t* grad_weight = static_cast<scalar_t*>(params.grad_weight);
   const int elements = params.total_rows * params.columns;
   const int64_t split_step = static_cast<int64_t>(gridDim.y) * elements;
@@ -388,9 +461,16 @@ __device__ inline void sum_splits(const SumParams& params) {
     const sum_t* partial =
         static_cast<const sum_t*>(params.partials) + static_cast<int64_t>(blockIdx.y) * elements + element;
     sum_t total = 0;
-#pragma unroll 16
-    for (int split = part; split < static_cast<int>(gridDim.x); split += params.parts) {
-      total += partial[split * split_step];
+#pragma unroll 1
+    for (int first = part; first < splits; first += kLoads * params.parts) {
+      sum_t addend[kLoads];
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+        const int split = first + k * params.parts;
+        addend[k] = split < splits ? partial[split * split_step] : 0;
+      }
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) total += addend[k];
     }
     for (int delta = 1; delta < params.parts; delta *= 2) total += __shfl_xor_sync(kFullWarp, total, delta);
     const int row = element / params.columns;
@@ -425,22 +505,27 @@ __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_co
   for (int i = threadIdx.x; i < layout.lists / 16; i += kThreads) {
     reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
   }
-  const Part part = find_part<scalar_t>(params, shared);
+  const Part part = find_part<scalar_t>(params, first_row, shared);
   int buffer = 0;
   for (int tile = 0; tile * params.tile < rows; ++tile) {
     __pipeline_wait_prior(0);
     __syncthreads();
     const int begin = tile * params.tile;
     const int next = begin + params.tile;
+    Copies copies{nullptr, 0, 0};
     if (next < rows) {
       const int next_rows = min(rows - next, params.tile);
       const int other = buffer ^ 1;
       copy_list(params, tile + 1, next_rows, shared + layout.lists + other * layout.list_bytes);
-      copy_tile<scalar_t>(params, first_row + next, next_rows, threadIdx.x, kThreads,
-                          shared + layout.tiles + other * layout.tile_bytes);
-      __pipeline_commit();
+      if (params.copies_quads) {
+        copies = find_copies<scalar_t>(params, part, next, next_rows, other);
+      } else {
+        copy_tile<scalar_t>(params, first_row + next, next_rows, threadIdx.x, kThreads,
+                            shared + layout.tiles + other * layout.tile_bytes);
+      }
     }
-    const auto open = sum_tile<scalar_t>(params, part, min(rows - begin, params.tile), buffer, shared);
+    const auto open = sum_tile<scalar_t>(params, part, min(rows - begin, params.tile), buffer, copies, shared);
+    __pipeline_commit();
     __syncthreads();
     close_run<sum_t>(params, part, open, shared);
     buffer ^= 1;
@@ -499,6 +584,11 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
   const int64_t step = std::max<int64_t>(kQuad, params.copy_bytes / scalar_bytes(args.scalar_type));
   params.columns = static_cast<int32_t>(round_up(ceil_div(dim, slices), step));
   while (kQuad << params.lane_bits < params.columns) ++params.lane_bits;
+  const int64_t quad_bytes = kQuad * scalar_bytes(args.scalar_type);
+  params.copies_quads = params.copy_bytes >= std::min<int64_t>(quad_bytes, 16) && dim % kQuad == 0;
+  const int64_t row_step = kThreads >> params.lane_bits;
+  params.source_step = row_step * args.grad_output_stride * scalar_bytes(args.scalar_type);
+  params.target_step = static_cast<int32_t>(row_step * params.columns * scalar_bytes(args.scalar_type));
   const int64_t shared_bytes = device.properties.shared_bytes_per_block;
   int32_t largest = 0;
   for (int max_places = kMaxJointPlaces; largest == 0 && max_places > 0; max_places /= 2) {
