@@ -27,6 +27,10 @@ namespace {
 // Rows of the gradient under way in a thread.
 template <typename scalar_t>
 constexpr int kUnroll = sizeof(scalar_t) == 8 ? 2 : kEntryStep;
+// Of these, rows whose places' sums are read at once. Float32 has tiles of half as many rows as 16 bits, so its runs
+// are shorter, and one such read after the other is what a warp waits for.
+template <typename scalar_t>
+constexpr int kSumsAhead = sizeof(scalar_t) == 4 ? 2 : 1;
 
 // The block's columns of a tile, by threads [0, threads) of those that copy. [row of the tile, bytes], asked for and
 // not waited for, but for single 16-bit elements, which no asynchronous copy takes.
@@ -324,7 +328,7 @@ __device__ inline void add(Pack<acc_t<scalar_t>, kQuad>& sum, const Pack<scalar_
 constexpr uint32_t kNowhere = 0xffffffff;
 template <typename sum_t>
 struct OpenRun {
-  Pack<sum_t, kQuad> sum;
+  Pack<sum_t, kQuad> sum{};  // also where none goes on: what is left out the compiler keeps from tile to tile
   uint32_t to = kNowhere;
 };
 
@@ -335,6 +339,7 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
   using sum_t = acc_t<scalar_t>;
   using Sum = Pack<sum_t, kQuad>;
   constexpr int kSteps = kUnroll<scalar_t>;
+  constexpr int kAhead = kSumsAhead<scalar_t>;
   const Layout& layout = params.layout;
   OpenRun<sum_t> open;
   const int left = params.num_groups * rows - part.begin;  // entries from the share's begin on
@@ -348,10 +353,11 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
 
   const auto place_of = [](uint32_t entry) { return entry & ((1u << kPlaceBits) - 1); };
   const auto place_at = [&](uint32_t entry_at) { return place_of(load_shared<uint32_t>(entry_at)); };
+  const auto sum_at = [&](uint32_t place) { return part.first_sum + place * part.place_bytes; };
   const uint32_t first = place_at(at);
   const bool incoming = part.begin > 0 && place_at(at - 4) == first;
   uint32_t current = first;
-  uint32_t to = incoming ? part.edge : part.first_sum + first * part.place_bytes;
+  uint32_t to = incoming ? part.edge : sum_at(first);
   Sum sum = load_shared<Sum>(to);
 #pragma unroll 1
   for (; at < end; at += kSteps * 4) {
@@ -363,22 +369,42 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
       value[k] = load_shared<Pack<scalar_t, kQuad>>(gradient + (entries.value[k] >> kPlaceBits));
     }
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      const uint32_t place = place_of(entries.value[k]);
-      if (place != current) {
+    for (int first_row = 0; first_row < kSteps; first_row += kAhead) {
+      uint32_t place[kAhead];
+      bool begins[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        place[k] = place_of(entries.value[first_row + k]);
+        begins[k] = place[k] != (k > 0 ? place[k - 1] : current);
+      }
+      current = place[kAhead - 1];
+      if (begins[0]) {
         store_shared(to, sum);
-        to = part.first_sum + place * part.place_bytes;
+        to = sum_at(place[0]);
         sum = load_shared<Sum>(to);
       }
-      current = place;
-      add(sum, value[k]);
+      Sum before[kAhead];  // what is in the places where further runs begin: not among what is stored here
+#pragma unroll
+      for (int k = 1; k < kAhead; ++k) {
+        if (begins[k]) before[k] = load_shared<Sum>(sum_at(place[k]));
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        if (k > 0 && begins[k]) {
+          store_shared(to, sum);
+          to = sum_at(place[k]);
+          sum = before[k];
+        }
+        add(sum, value[first_row + k]);
+      }
     }
   }
   const bool outgoing = params.share < left && place_at(end) == current;
   const bool through = outgoing && incoming && current == first;
   (shared + layout.goes_on)[threadIdx.x >> params.lane_bits] = through;  // the same from all of its threads
+  open.sum = sum;
   if (outgoing && !through) {
-    if (part.place_bytes > 0) open = {sum, to};
+    if (part.place_bytes > 0) open.to = to;
   } else {
     store_shared(to, sum);
   }
