@@ -640,6 +640,7 @@ SUMS = [
     summed([9] * 131, 4),  # three launches
     summed([20] * 12, 2100),  # rows that several blocks share
     summed([20, 30, 40], 1025),
+    summed([30, 7, 3], 302),  # in float32 rows of 8-byte words
     summed([3, 1, 40], 65),  # three tables whose rows are taken together
     summed([10 + t for t in range(14)], 40),  # no two of these
     summed([2, 2], 256),  # four places: each run reaches over many lane groups' shares

@@ -369,12 +369,12 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
       value[k] = load_shared<Pack<scalar_t, kQuad>>(gradient + (entries.value[k] >> kPlaceBits));
     }
 #pragma unroll
-    for (int first_row = 0; first_row < kSteps; first_row += kAhead) {
+    for (int begin = 0; begin < kSteps; begin += kAhead) {
       uint32_t place[kAhead];
       bool begins[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
-        place[k] = place_of(entries.value[first_row + k]);
+        place[k] = place_of(entries.value[begin + k]);
         begins[k] = place[k] != (k > 0 ? place[k - 1] : current);
       }
       current = place[kAhead - 1];
@@ -395,7 +395,7 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
           to = sum_at(place[k]);
           sum = before[k];
         }
-        add(sum, value[first_row + k]);
+        add(sum, value[begin + k]);
       }
     }
   }
