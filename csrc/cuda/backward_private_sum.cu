@@ -27,10 +27,8 @@ namespace {
 // Rows of the gradient under way in a thread.
 template <typename scalar_t>
 constexpr int kUnroll = sizeof(scalar_t) == 8 ? 2 : kEntryStep;
-// Of these, rows whose places' sums are read at once. Float32 has tiles of half as many rows as 16 bits, so its runs
-// are shorter, and one such read after the other is what a warp waits for.
 template <typename scalar_t>
-constexpr int kSumsAhead = sizeof(scalar_t) == 4 ? 2 : 1;
+constexpr bool kMayCopyInSteps = sizeof(scalar_t) < 8;  // 5% slower in float64
 
 // The block's columns of a tile, by threads [0, threads) of those that copy. [row of the tile, bytes], asked for and
 // not waited for, but for single 16-bit elements, which no asynchronous copy takes.
@@ -263,7 +261,7 @@ __device__ inline Part find_part(const SumParams& params, int64_t first_row, con
   part.place_bytes = owns ? params.columns * sizeof(sum_t) : 0;
   const int first_column = blockIdx.y * params.columns + column;
   const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + first_column;
-  const bool copies = params.copies_quads && owns && first_column < params.embedding_dim;
+  const bool copies = params.copies_in_steps && owns && first_column < params.embedding_dim;
   part.source =
       copies ? reinterpret_cast<const char*>(grad + (first_row + lane_group) * params.grad_output_stride) : nullptr;
   // Or the compiler finds it all anew for every tile.
@@ -328,24 +326,25 @@ __device__ inline void add(Pack<acc_t<scalar_t>, kQuad>& sum, const Pack<scalar_
 constexpr uint32_t kNowhere = 0xffffffff;
 template <typename sum_t>
 struct OpenRun {
-  Pack<sum_t, kQuad> sum{};  // also where none goes on: what is left out the compiler keeps from tile to tile
+  Pack<sum_t, kQuad> sum;
   uint32_t to = kNowhere;
 };
 
-// Step 2.
-template <typename scalar_t>
+// Step 2. kCopies: while it sums.
+template <typename scalar_t, bool kCopies>
 __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, const Part& part, int rows, int buffer,
                                                     Copies copies, char* shared) {
   using sum_t = acc_t<scalar_t>;
   using Sum = Pack<sum_t, kQuad>;
   constexpr int kSteps = kUnroll<scalar_t>;
-  constexpr int kAhead = kSumsAhead<scalar_t>;
   const Layout& layout = params.layout;
   OpenRun<sum_t> open;
   const int left = params.num_groups * rows - part.begin;  // entries from the share's begin on
-  // As many copies are left as there are steps.
-  const int steps = (max(min(params.share, left), 0) + kSteps - 1) / kSteps;
-  while (copies.target + steps * params.target_step < copies.end) copy_next<scalar_t>(params, copies, shared);
+  if constexpr (kCopies) {
+    // As many copies are left as there are steps.
+    const int steps = (max(min(params.share, left), 0) + kSteps - 1) / kSteps;
+    while (copies.target + steps * params.target_step < copies.end) copy_next<scalar_t>(params, copies, shared);
+  }
   if (left <= 0) return open;
   const uint32_t gradient = part.gradient + buffer * layout.tile_bytes;
   uint32_t at = part.list + buffer * layout.list_bytes;
@@ -353,15 +352,14 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
 
   const auto place_of = [](uint32_t entry) { return entry & ((1u << kPlaceBits) - 1); };
   const auto place_at = [&](uint32_t entry_at) { return place_of(load_shared<uint32_t>(entry_at)); };
-  const auto sum_at = [&](uint32_t place) { return part.first_sum + place * part.place_bytes; };
   const uint32_t first = place_at(at);
   const bool incoming = part.begin > 0 && place_at(at - 4) == first;
   uint32_t current = first;
-  uint32_t to = incoming ? part.edge : sum_at(first);
+  uint32_t to = incoming ? part.edge : part.first_sum + first * part.place_bytes;
   Sum sum = load_shared<Sum>(to);
 #pragma unroll 1
   for (; at < end; at += kSteps * 4) {
-    copy_next<scalar_t>(params, copies, shared);
+    if constexpr (kCopies) copy_next<scalar_t>(params, copies, shared);
     const auto entries = load_shared<Pack<uint32_t, kSteps>>(at);
     Pack<scalar_t, kQuad> value[kSteps];
 #pragma unroll
@@ -369,42 +367,22 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
       value[k] = load_shared<Pack<scalar_t, kQuad>>(gradient + (entries.value[k] >> kPlaceBits));
     }
 #pragma unroll
-    for (int begin = 0; begin < kSteps; begin += kAhead) {
-      uint32_t place[kAhead];
-      bool begins[kAhead];
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        place[k] = place_of(entries.value[begin + k]);
-        begins[k] = place[k] != (k > 0 ? place[k - 1] : current);
-      }
-      current = place[kAhead - 1];
-      if (begins[0]) {
+    for (int k = 0; k < kSteps; ++k) {
+      const uint32_t place = place_of(entries.value[k]);
+      if (place != current) {
         store_shared(to, sum);
-        to = sum_at(place[0]);
+        to = part.first_sum + place * part.place_bytes;
         sum = load_shared<Sum>(to);
       }
-      Sum before[kAhead];  // what is in the places where further runs begin: not among what is stored here
-#pragma unroll
-      for (int k = 1; k < kAhead; ++k) {
-        if (begins[k]) before[k] = load_shared<Sum>(sum_at(place[k]));
-      }
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        if (k > 0 && begins[k]) {
-          store_shared(to, sum);
-          to = sum_at(place[k]);
-          sum = before[k];
-        }
-        add(sum, value[begin + k]);
-      }
+      current = place;
+      add(sum, value[k]);
     }
   }
   const bool outgoing = params.share < left && place_at(end) == current;
   const bool through = outgoing && incoming && current == first;
   (shared + layout.goes_on)[threadIdx.x >> params.lane_bits] = through;  // the same from all of its threads
-  open.sum = sum;
   if (outgoing && !through) {
-    if (part.place_bytes > 0) open.to = to;
+    if (part.place_bytes > 0) open = {sum, to};
   } else {
     store_shared(to, sum);
   }
@@ -475,7 +453,7 @@ __device__ inline void sum_places(const SumParams& params, const char* shared) {
 template <typename scalar_t>
 __device__ inline void sum_splits(const SumParams& params) {
   using sum_t = acc_t<scalar_t>;
-  constexpr int kLoads = 16;  // at once, also where fewer are left
+  constexpr int kLoads = 16;  // at once, also where there are fewer
   const int splits = gridDim.x;
   scalar_t* grad_weight = static_cast<scalar_t*>(params.grad_weight);
   const int elements = params.total_rows * params.columns;
@@ -487,16 +465,18 @@ __device__ inline void sum_splits(const SumParams& params) {
     const sum_t* partial =
         static_cast<const sum_t*>(params.partials) + static_cast<int64_t>(blockIdx.y) * elements + element;
     sum_t total = 0;
-#pragma unroll 1
-    for (int first = part; first < splits; first += kLoads * params.parts) {
+    if (splits <= kLoads * params.parts) {
       sum_t addend[kLoads];
 #pragma unroll
       for (int k = 0; k < kLoads; ++k) {
-        const int split = first + k * params.parts;
+        const int split = part + k * params.parts;
         addend[k] = split < splits ? partial[split * split_step] : 0;
       }
 #pragma unroll
       for (int k = 0; k < kLoads; ++k) total += addend[k];
+    } else {
+#pragma unroll kLoads
+      for (int split = part; split < splits; split += params.parts) total += partial[split * split_step];
     }
     for (int delta = 1; delta < params.parts; delta *= 2) total += __shfl_xor_sync(kFullWarp, total, delta);
     const int row = element / params.columns;
@@ -538,19 +518,21 @@ __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_co
     __syncthreads();
     const int begin = tile * params.tile;
     const int next = begin + params.tile;
-    Copies copies{nullptr, 0, 0};
-    if (next < rows) {
-      const int next_rows = min(rows - next, params.tile);
-      const int other = buffer ^ 1;
-      copy_list(params, tile + 1, next_rows, shared + layout.lists + other * layout.list_bytes);
-      if (params.copies_quads) {
-        copies = find_copies<scalar_t>(params, part, next, next_rows, other);
-      } else {
+    const int tile_rows = min(rows - begin, params.tile);
+    const int next_rows = min(rows - next, params.tile);
+    const int other = buffer ^ 1;
+    if (next_rows > 0) copy_list(params, tile + 1, next_rows, shared + layout.lists + other * layout.list_bytes);
+    OpenRun<sum_t> open;
+    if (kMayCopyInSteps<scalar_t> && params.copies_in_steps && next_rows > 0) {
+      const Copies copies = find_copies<scalar_t>(params, part, next, next_rows, other);
+      open = sum_tile<scalar_t, kMayCopyInSteps<scalar_t>>(params, part, tile_rows, buffer, copies, shared);
+    } else {
+      if (next_rows > 0) {
         copy_tile<scalar_t>(params, first_row + next, next_rows, threadIdx.x, kThreads,
                             shared + layout.tiles + other * layout.tile_bytes);
       }
+      open = sum_tile<scalar_t, false>(params, part, tile_rows, buffer, {}, shared);
     }
-    const auto open = sum_tile<scalar_t>(params, part, min(rows - begin, params.tile), buffer, copies, shared);
     __pipeline_commit();
     __syncthreads();
     close_run<sum_t>(params, part, open, shared);
@@ -611,7 +593,10 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
   params.columns = static_cast<int32_t>(round_up(ceil_div(dim, slices), step));
   while (kQuad << params.lane_bits < params.columns) ++params.lane_bits;
   const int64_t quad_bytes = kQuad * scalar_bytes(args.scalar_type);
-  params.copies_quads = params.copy_bytes >= std::min<int64_t>(quad_bytes, 16) && dim % kQuad == 0;
+  // Where row parts are whole lines, asking for them all at once holds nothing up.
+  const auto whole_lines = [&](int64_t columns) { return columns * scalar_bytes(args.scalar_type) % 128 == 0; };
+  params.copies_in_steps = params.copy_bytes >= std::min<int64_t>(quad_bytes, 16) && dim % kQuad == 0 &&
+                           !(whole_lines(params.columns) && whole_lines(args.grad_output_stride));
   const int64_t row_step = kThreads >> params.lane_bits;
   params.source_step = row_step * args.grad_output_stride * scalar_bytes(args.scalar_type);
   params.target_step = static_cast<int32_t>(row_step * params.columns * scalar_bytes(args.scalar_type));

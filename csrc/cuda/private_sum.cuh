@@ -67,9 +67,9 @@ struct SumParams {
   int32_t columns;    // of a block, a multiple of kQuad up to kMaxColumns
   int32_t lane_bits;  // 2^lane_bits threads share a row
   int32_t copy_bytes;
-  int32_t copies_quads;  // nonzero: a thread copies what it sums, its columns, while it sums
-  int32_t target_step;   // bytes from a row that a lane group copies to its next, in shared memory
-  int64_t source_step;   // and in grad_output
+  int32_t copies_in_steps;  // nonzero: a thread copies what it sums, its columns, while it sums
+  int32_t target_step;      // bytes from a row that a lane group copies to its next, in shared memory
+  int64_t source_step;      // and in grad_output
   int32_t tile;
   int32_t tiles;  // of a split, at the most
   int32_t share;  // entries of a list that a lane group takes
