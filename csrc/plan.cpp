@@ -27,7 +27,8 @@ constexpr int64_t kMinPrivateIndicesForSort = kMaxOwnIndicesForSort;
 // PRIVATE in registers: see backward_few_rows.cu. Every block of it takes up to 64 accesses of a row side by side.
 constexpr int64_t kMaxFewRows = 16;
 constexpr int64_t kMinFewRowsIndices = 4096;
-constexpr int64_t kFewRowsOfWide16 = 10;  // 16-bit rows of kWideColumns16 and more: TILE is up to 10% faster beyond
+constexpr int64_t kFewRowsColumns64 = 64;  // in float64: 300 columns take a quarter longer than before, 768 twice
+constexpr int64_t kFewRowsOfWide16 = 10;   // 16-bit rows of kWideColumns16 and more: TILE is up to 10% faster beyond
 constexpr int64_t kWideColumns16 = 256;
 constexpr int64_t kFewRowsColumnsPerSm = 32;  // more would leave SMs idle, or not fit
 // Sorting costs 15 to 70 us whatever the columns; then a row costs one read and one write. See sorting_pays().
@@ -142,7 +143,9 @@ bool plan_few_rows(const FePlanQuery& query, bool instead_of_sort, FePlan* plan)
       query.num_indices < min_indices) {
     return false;
   }
-  if (query.scalar_type == FE_FLOAT64 && !float64_is_fast(query.device)) return false;
+  if (query.scalar_type == FE_FLOAT64 && (!float64_is_fast(query.device) || query.embedding_dim > kFewRowsColumns64)) {
+    return false;
+  }
   const bool adds_more_than_it_reads = scalar_bytes(query.scalar_type) == 2 &&
                                        query.num_embeddings > kFewRowsOfWide16 && query.embedding_dim >= kWideColumns16;
   if (adds_more_than_it_reads && !instead_of_sort) return false;

@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) own_backward(const __g
   const uint32_t column = (chunk * params.lanes + threadIdx.x - group * params.lanes) * kSize;
   const bool active = group < small_quotient(kThreads, params.lanes) && column < params.embedding_dim;
   const scalar_t* grad_output = static_cast<const scalar_t*>(params.grad_output) + column;
-  sum_runs<scalar_t, kSize, kUnroll, true>(
+  sum_runs<scalar_t, kSize, kUnroll, false>(
       length, params.lanes, active, edges, row_at,
       [&](uint32_t i) { return grad_output + (list[i] & (kMaxIndices - 1)) * params.grad_output_stride; },
       [&](uint32_t row, const sum_t(&sum)[kSize]) {
