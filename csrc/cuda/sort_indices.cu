@@ -32,6 +32,7 @@ constexpr int64_t kPageBytes = int64_t{2} << 20;
 constexpr int64_t kStaticSharedBytes = 1024;  // at most
 
 static_assert(1 << kMaxDigitBits <= 2 * kThreads);  // two digits a thread
+static_assert(sizeof(SortParams) <= kMaxParamBytes);
 static_assert(kMaxTile < 1 << 16 && kMaxChunk < 1 << 16);
 
 struct SortShared {
@@ -170,6 +171,7 @@ __device__ inline uint32_t sum_before(uint32_t value) {
 __device__ inline void place_digits(const SortShared& shared, const SortParams& params, const Item& item,
                                     const uint16_t* counts, int chunk) {
   uint32_t* total = shared.local;
+  __syncthreads();  // the block's last item has moved shared.start past its entries
   for (uint32_t bin = threadIdx.x; bin < item.bins; bin += kThreads) shared.start[bin] = total[bin] = 0;
   __syncthreads();
   const uint32_t columns = item.bins / 8;
