@@ -184,6 +184,8 @@ __device__ inline void sum_splits(const PrivateParams<kTables>& params) {
                params.threads_per_sum, write);
 }
 
+static_assert(sizeof(PrivateParams<kMaxTables>) <= kMaxParamBytes);
+
 template <typename scalar_t, int kTables>
 __global__ void __launch_bounds__(kMaxThreads) private_backward(const __grid_constant__ PrivateParams<kTables> params) {
   using sum_t = acc_t<scalar_t>;

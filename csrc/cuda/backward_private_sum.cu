@@ -33,8 +33,8 @@ constexpr bool kMayCopyInSteps = sizeof(scalar_t) < 8;  // 5% slower in float64
 // The block's columns of a tile, by threads [0, threads) of those that copy. [row of the tile, bytes], asked for and
 // not waited for, but for single 16-bit elements, which no asynchronous copy takes.
 template <typename scalar_t, int kBytes>
-__device__ inline void copy_rows(const SumParams& params, const scalar_t* grad, int rows, int thread, int threads,
-                                 char* tile) {
+__device__ inline void copy_rows(const PrivateSumParams& params, const scalar_t* grad, int rows, int thread,
+                                 int threads, char* tile) {
   constexpr int kRowBytes = kMaxColumns * static_cast<int>(sizeof(scalar_t));  // at the most
   constexpr int kLaneStep = kLanes * kBytes;
   const int first_column = blockIdx.y * params.columns;
@@ -65,7 +65,7 @@ __device__ inline void copy_rows(const SumParams& params, const scalar_t* grad, 
 }
 
 template <typename scalar_t>
-__device__ inline void copy_tile(const SumParams& params, int64_t first_row, int rows, int thread, int threads,
+__device__ inline void copy_tile(const PrivateSumParams& params, int64_t first_row, int rows, int thread, int threads,
                                  char* tile) {
   const scalar_t* grad = static_cast<const scalar_t*>(params.grad_output) + first_row * params.grad_output_stride;
   if (params.copy_bytes == 16) {
@@ -77,12 +77,12 @@ __device__ inline void copy_tile(const SumParams& params, int64_t first_row, int
   }
 }
 
-__device__ inline char* list_in_scratch(const SumParams& params, int tile) {
+__device__ inline char* list_in_scratch(const PrivateSumParams& params, int tile) {
   return params.lists + (static_cast<int64_t>(blockIdx.x) * params.tiles + tile) * params.layout.list_bytes;
 }
 
 // Of a tile that has been sorted into scratch.
-__device__ inline void copy_list(const SumParams& params, int tile, int rows, char* list) {
+__device__ inline void copy_list(const PrivateSumParams& params, int tile, int rows, char* list) {
   const char* source = list_in_scratch(params, tile);
   const int bytes = (params.num_groups * rows + kEntryStep) * 4;
 #pragma unroll 1
@@ -91,15 +91,15 @@ __device__ inline void copy_list(const SumParams& params, int tile, int rows, ch
 
 // Step 1: a warp sorts one group's lookups of a tile by place, by counting. Loads and ballots of the batches of 32 rows
 // do not wait for each other.
-__device__ inline void sort_lookups(const SumParams& params, const TableGroup& group, int row_bytes, int64_t first_row,
-                                    int rows, uint32_t* counters, uint32_t* list) {
+__device__ inline void sort_lookups(const PrivateSumParams& params, const TableGroup& group, int row_bytes,
+                                    int64_t first_row, int rows, uint32_t* counters, uint32_t* list) {
   constexpr int kBatches = kMaxTile / 32;
   constexpr int kTogether = kBatches / 2;
   const int lane = threadIdx.x % 32;
   uint32_t place[kBatches] = {};
 #pragma unroll 1
   for (int t = group.first_table; t < group.first_table + group.num_tables; ++t) {
-    const SumTable& table = params.table[t];
+    const PrivateSumTable& table = params.table[t];
     int64_t at = (first_row + lane) * params.index_row_stride + table.index_column * params.index_table_stride;
     int64_t wrong = 0;
 #pragma unroll
@@ -165,7 +165,7 @@ __device__ inline void sort_lookups(const SumParams& params, const TableGroup& g
 
 // Step 1. The blocks of the same rows share the work, unless there is one tile alone: its list is not worth a barrier.
 template <typename scalar_t>
-__device__ inline void sort_tiles(const SumParams& params, int64_t first_row, int rows, char* shared) {
+__device__ inline void sort_tiles(const PrivateSumParams& params, int64_t first_row, int rows, char* shared) {
   const bool shares = params.tiles > 1;
   const int blocks = shares ? gridDim.y : 1;
   const int first_tile = shares ? blockIdx.y : 0;
@@ -245,7 +245,7 @@ struct Part {
 };
 
 template <typename scalar_t>
-__device__ inline Part find_part(const SumParams& params, int64_t first_row, const char* shared) {
+__device__ inline Part find_part(const PrivateSumParams& params, int64_t first_row, const char* shared) {
   using sum_t = acc_t<scalar_t>;
   const int lane_group = static_cast<int>(threadIdx.x) >> params.lane_bits;
   const int lane = static_cast<int>(threadIdx.x) - (lane_group << params.lane_bits);
@@ -280,7 +280,8 @@ struct Copies {
 };
 
 template <typename scalar_t>
-__device__ inline Copies find_copies(const SumParams& params, const Part& part, int begin, int rows, int buffer) {
+__device__ inline Copies find_copies(const PrivateSumParams& params, const Part& part, int begin, int rows,
+                                     int buffer) {
   if (part.source == nullptr) return {nullptr, 0, 0};
   const int pitch = params.columns * static_cast<int>(sizeof(scalar_t));
   const int first = params.layout.tiles + buffer * params.layout.tile_bytes;
@@ -292,15 +293,10 @@ __device__ inline Copies find_copies(const SumParams& params, const Part& part, 
 }
 
 template <typename scalar_t>
-__device__ inline void copy_next(const SumParams& params, Copies& copies, char* shared) {
+__device__ inline void copy_next(const PrivateSumParams& params, Copies& copies, char* shared) {
   constexpr int kBytes = kQuad * sizeof(scalar_t);
-  constexpr int kStep = kBytes < 16 ? kBytes : 16;
-  if (copies.target < copies.end) {
-#pragma unroll
-    for (int at = 0; at < kBytes; at += kStep) {
-      __pipeline_memcpy_async(shared + copies.target + at, copies.source + at, kStep);
-    }
-  }
+  static_assert(kBytes <= 16);
+  if (copies.target < copies.end) __pipeline_memcpy_async(shared + copies.target, copies.source, kBytes);
   copies.source += params.source_step;
   copies.target += params.target_step;
 }
@@ -332,8 +328,8 @@ struct OpenRun {
 
 // Step 2. kCopies: while it sums.
 template <typename scalar_t, bool kCopies>
-__device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, const Part& part, int rows, int buffer,
-                                                    Copies copies, char* shared) {
+__device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const PrivateSumParams& params, const Part& part, int rows,
+                                                    int buffer, Copies copies, char* shared) {
   using sum_t = acc_t<scalar_t>;
   using Sum = Pack<sum_t, kQuad>;
   constexpr int kSteps = kUnroll<scalar_t>;
@@ -392,7 +388,7 @@ __device__ inline OpenRun<acc_t<scalar_t>> sum_tile(const SumParams& params, con
 // Step 2, the end, behind a barrier. A run is of one tile and group, so its chain of parts is short. Edges are left
 // cleared for the next tile.
 template <typename sum_t>
-__device__ inline void close_run(const SumParams& params, const Part& part, OpenRun<sum_t> open, char* shared) {
+__device__ inline void close_run(const PrivateSumParams& params, const Part& part, OpenRun<sum_t> open, char* shared) {
   if (open.to == kNowhere) return;
   using Sum = Pack<sum_t, kQuad>;
   const uint32_t edge_step = sizeof(Sum) << params.lane_bits;
@@ -414,7 +410,7 @@ __device__ inline void close_run(const SumParams& params, const Part& part, Open
 
 // Step 3, in a block: the rows' sums from those of their places.
 template <typename scalar_t>
-__device__ inline void sum_places(const SumParams& params, const char* shared) {
+__device__ inline void sum_places(const PrivateSumParams& params, const char* shared) {
   using sum_t = acc_t<scalar_t>;
   const int quads = params.columns / kQuad;
   const int64_t block = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y;
@@ -423,7 +419,7 @@ __device__ inline void sum_places(const SumParams& params, const char* shared) {
   for (int item = threadIdx.x; item < params.total_rows * quads; item += kThreads) {
     const int row = small_quotient(item, quads);
     const int t = find_last(params.first_row, params.num_tables, row);
-    const SumTable& table = params.table[t];
+    const PrivateSumTable& table = params.table[t];
     const TableGroup& group = params.group[table.group];
     const int local = row - params.first_row[t];
     Pack<sum_t, kQuad> sum{};
@@ -451,7 +447,7 @@ __device__ inline void sum_places(const SumParams& params, const char* shared) {
 
 // Step 3, in the grid: a block's own columns.
 template <typename scalar_t>
-__device__ inline void sum_splits(const SumParams& params) {
+__device__ inline void sum_splits(const PrivateSumParams& params) {
   using sum_t = acc_t<scalar_t>;
   constexpr int kLoads = 16;  // at once, also where there are fewer
   const int splits = gridDim.x;
@@ -489,7 +485,7 @@ __device__ inline void sum_splits(const SumParams& params) {
 }
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_constant__ SumParams params) {
+__global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_constant__ PrivateSumParams params) {
   using sum_t = acc_t<scalar_t>;
   extern __shared__ __align__(32) char shared[];
   const Layout& layout = params.layout;
@@ -543,7 +539,7 @@ __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_co
 
   if (blockIdx.x == 0 && blockIdx.y == 0) {
     for (int t = threadIdx.x; t < params.num_tables; t += kThreads) {
-      const SumTable& table = params.table[t];
+      const PrivateSumTable& table = params.table[t];
       scalar_t* end = static_cast<scalar_t*>(params.grad_weight) + table.weight_offset +
                       int64_t{table.num_embeddings} * params.embedding_dim;
       for (int i = 0; i < table.gap; ++i) end[i] = narrow<scalar_t>(0);
@@ -554,7 +550,7 @@ __global__ void __launch_bounds__(kThreads) private_sum_backward(const __grid_co
 }
 
 template <typename scalar_t>
-FeStatus launch(const SumParams& params, const dim3& grid, const DeviceInfo& device, cudaStream_t stream) {
+FeStatus launch(const PrivateSumParams& params, const dim3& grid, const DeviceInfo& device, cudaStream_t stream) {
   const auto kernel = private_sum_backward<scalar_t>;
   static std::atomic<uint64_t> allowed{0};
   const FeStatus status =
@@ -586,7 +582,7 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
   }
 
   const std::vector<int32_t> gaps = call.zeroed ? std::vector<int32_t>{} : find_gaps(call);
-  SumParams params{};
+  PrivateSumParams params{};
   params.embedding_dim = static_cast<int32_t>(dim);
   params.copy_bytes = static_cast<int32_t>(pack_bytes(args, call.tables[0]));
   const int64_t step = std::max<int64_t>(kQuad, params.copy_bytes / scalar_bytes(args.scalar_type));

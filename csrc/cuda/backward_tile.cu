@@ -6,9 +6,10 @@
 // the first tile shows no row so often that its atomics would queue, a block leaves that out and adds each lookup by
 // itself: the gradient is then read in order, and the atomics meet seldom.
 //
-// One cooperative launch: the zeros of the gradient are written first, while the first tile is being grouped or read,
-// so the latency of the one hides behind the traffic of the other; after a grid-wide barrier come the additions. A
-// 16-bit gradient is summed in a float32 copy and rounded once after a second barrier.
+// One launch: the zeros of the gradient are written first, while the first tile is being grouped or read, so the
+// latency of the one hides behind the traffic of the other; after a grid-wide barrier come the additions. (Many zeros
+// are a launch of their own, and there is no barrier.) A 16-bit gradient is summed in a float32 copy and rounded once
+// after a second barrier.
 //
 // Tables of a call differ in how wide an access their columns allow. Where all allow one, the kernel is made for it;
 // where they do not, a kernel for all widths branches on the table's, so that they share the zeros and the barrier.
@@ -99,6 +100,8 @@ struct TileParams {
   int32_t round_last;
   int32_t round_packs;  // grad_weight is aligned to kRoundPack elements
 };
+
+static_assert(sizeof(TileParams) <= kMaxParamBytes);
 
 // The shared memory of a block, sized by the tile.
 struct TileShared {
@@ -523,6 +526,7 @@ struct TileLaunch {
   void balance(int64_t rounds) {
     const auto longer = [](const TileTable& a, const TileTable& b) { return a.lanes * a.chunks > b.lanes * b.chunks; };
     std::stable_sort(params.table, params.table + params.num_tables, longer);
+    if (rounds > params.num_tables) return;  // none holds two tables
     for (int64_t round = 1; round < rounds; round += 2) {
       std::reverse(params.table + params.num_tables * round / rounds,
                    params.table + params.num_tables * (round + 1) / rounds);

@@ -253,6 +253,7 @@ __device__ inline void wait_for_last_launch() {
 constexpr int64_t kZeroLaunchBytes = int64_t{64} << 20;
 
 constexpr int kMaxDevices = 64;
+constexpr size_t kMaxParamBytes = 4096;  // of a kernel
 
 struct DeviceInfo {
   int index;

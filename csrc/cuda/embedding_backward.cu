@@ -118,7 +118,13 @@ FeStatus run(const FePlan* given, const FeBackwardArgs* args, void* workspace, s
   }
 
   const BackwardCall call = combined(*args);
-  if (given != nullptr) return run_by(*given, call, *device, workspace, workspace_bytes, cuda_stream);
+  if (given != nullptr) {
+    FePlan planned;  // what no plan can do
+    const FePlanQuery query = plan_query(call, *device);
+    status = fe_plan_embedding_backward(&query, &planned);
+    if (status != FE_OK) return status;
+    return run_by(*given, call, *device, workspace, workspace_bytes, cuda_stream);
+  }
   return run_planned(call, *device, workspace, workspace_bytes, cuda_stream);
 }
 

@@ -24,7 +24,7 @@ constexpr int64_t kMinSumBytes = 4 << 10;      // counters for all warps where t
 constexpr int kMaxParts = 8;
 
 // Tables that are taken together stand one after the other.
-struct SumTable {
+struct PrivateSumTable {
   int64_t weight_offset;
   int32_t num_embeddings;
   int32_t padding_idx;
@@ -54,9 +54,9 @@ struct Layout {
   int32_t total;
 };
 
-struct SumParams {
+struct PrivateSumParams {
   int32_t first_row[kMaxTables];  // rows of the tables before
-  SumTable table[kMaxTables];
+  PrivateSumTable table[kMaxTables];
   TableGroup group[kMaxTables];
   int32_t num_tables;
   int32_t num_groups;
@@ -114,7 +114,7 @@ inline std::vector<std::vector<size_t>> group_tables(const BackwardCall& call, i
 
 // `gaps`: behind each table, or empty where they are zeroed otherwise.
 inline void set_groups(const BackwardCall& call, const std::vector<int32_t>& gaps, int64_t max_places,
-                       SumParams* params) {
+                       PrivateSumParams* params) {
   params->num_tables = params->num_groups = params->total_rows = params->places = params->bins = 0;
   for (const std::vector<size_t>& members : group_tables(call, max_places)) {
     TableGroup& group = params->group[params->num_groups];
@@ -122,7 +122,7 @@ inline void set_groups(const BackwardCall& call, const std::vector<int32_t>& gap
     for (const size_t t : members) {
       const TableSlice& source = call.tables[t];
       params->first_row[params->num_tables] = params->total_rows;
-      SumTable& table = params->table[params->num_tables++];
+      PrivateSumTable& table = params->table[params->num_tables++];
       table.weight_offset = source.weight_offset;
       table.num_embeddings = static_cast<int32_t>(source.num_embeddings);
       table.padding_idx = static_cast<int32_t>(source.padding_idx);
@@ -140,7 +140,7 @@ inline void set_groups(const BackwardCall& call, const std::vector<int32_t>& gap
   }
 }
 
-inline Layout lay_out(const SumParams& params, FeScalarType type, int32_t tile, int32_t buffers) {
+inline Layout lay_out(const PrivateSumParams& params, FeScalarType type, int32_t tile, int32_t buffers) {
   const int64_t sum_bytes = accumulator_bytes(type);
   Layout layout;
   int64_t end = 0;
@@ -161,7 +161,7 @@ inline Layout lay_out(const SumParams& params, FeScalarType type, int32_t tile, 
 }
 
 // The most rows that a tile can have; 0 if the tables do not fit.
-inline int32_t largest_tile(const SumParams& params, FeScalarType type, int32_t buffers, int64_t shared_bytes) {
+inline int32_t largest_tile(const PrivateSumParams& params, FeScalarType type, int32_t buffers, int64_t shared_bytes) {
   int32_t tile = kMaxTile;
   while (tile >= kMinTile && lay_out(params, type, tile, buffers).total > shared_bytes) tile -= 8;
   return tile < kMinTile ? 0 : tile;
@@ -169,7 +169,8 @@ inline int32_t largest_tile(const SumParams& params, FeScalarType type, int32_t 
 
 // One tile if it holds all rows of a split, or else such that each share of a list is of whole steps, unless that makes
 // them more.
-inline void set_tiles(FeScalarType type, int64_t slices, int32_t largest, int64_t shared_bytes, SumParams* params) {
+inline void set_tiles(FeScalarType type, int64_t slices, int32_t largest, int64_t shared_bytes,
+                      PrivateSumParams* params) {
   const int64_t rows = params->rows_per_split;
   const bool overlaps = slices == 1 && rows * params->columns * scalar_bytes(type) > kWholeTileBytes;
   const int64_t step = kThreads * kEntryStep >> params->lane_bits;

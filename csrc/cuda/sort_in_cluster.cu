@@ -1,8 +1,9 @@
 // The sort of sort_indices.cu by one thread block cluster a table, its lists in the shared memory of the cluster's
 // blocks. It touches memory to read the indices and to write the sorted list, so the other SMs can write a large
-// gradient's zeros meanwhile: they are a launch of their own, which begins with this one (programmatic dependent
-// launch) and does not end before it. A pass: rank, barrier, each block adds up where its digits go, every entry moves
-// to its place in whichever block's memory, barrier. Barriers are the cluster's, at a fifth of a grid-wide one's price.
+// gradient's zeros meanwhile: they are a launch of their own, which begins with this one or once it has read its
+// indices (programmatic dependent launch) and does not end before it. A pass: rank, barrier, each block adds up where
+// its digits go, every entry moves to its place in whichever block's memory, barrier. Barriers are the cluster's, at a
+// fifth of a grid-wide one's price.
 #include <cooperative_groups.h>
 
 #include "rank.cuh"

@@ -5,6 +5,7 @@
 
 namespace fast_embedding {
 
+constexpr int kMaxDigitBits = 10;
 constexpr int kMaxSortTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
 
 // A lookup: the row that it names, and where it stands in the table's column of indices. A lookup of padding_idx names
@@ -51,6 +52,7 @@ class IndexSort {
   IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first, int64_t last, const DeviceInfo& device,
             bool with_spare = false);
 
+  bool fits() const { return fits_; }
   int64_t bytes() const { return bytes_; }
   // Takes bytes() bytes of memory, aligned to 256.
   void place(char* memory);

@@ -234,7 +234,7 @@ FeStatus SortedSums::start(cudaStream_t stream) const {
 FeStatus SortedSums::enqueue(void* flags, void* partials, cudaStream_t stream) {
   if (!fits_) return FE_INVALID_ARGUMENT;
   if (work_ > INT32_MAX) return FE_UNSUPPORTED;
-  // Those with the longest rows first: their blocks take longest, and others run beside the last of them.
+  // Those whose rows take most threads first: their blocks take longest, and others run beside the last of them.
   SumTable* const tables = params_.table;
   SumTable* const tables_end = tables + params_.num_tables;
   std::stable_sort(tables, tables_end, [](const SumTable& a, const SumTable& b) { return a.lanes > b.lanes; });

@@ -45,6 +45,7 @@ class SortedSums {
   int64_t partials_bytes() const;
   // Takes both, aligned to 256; the flags are zeroed.
   FeStatus enqueue(void* flags, void* partials, cudaStream_t stream);
+  bool fits() const { return fits_; }
 
  private:
   template <typename scalar_t, int kSize>

@@ -113,7 +113,8 @@ typedef struct FeBackwardArgs {
 
 /* Workspace. Called with workspace == NULL a function only stores the bytes it needs in *workspace_bytes (>= 0).
  * Called with memory it uses at most *workspace_bytes of it, aligned to 256 bytes, with any content. The size depends
- * on sizes, types, flags and the device alone, never on the indices. Where it is 0 (always, for the CUDA forward of a
+ * on sizes, types, flags, how far pointers and strides are aligned, and the device alone, never on the indices: the
+ * query and the call get the same arguments. Where it is 0 (always, for the CUDA forward of a
  * concatenation) any address but NULL will do, and no query is owed. */
 
 /* ---- CPU ---------------------------------------------------------------------------------------------------- */
@@ -164,7 +165,7 @@ FE_EXPORT FeStatus fe_cuda_embedding_backward(const FeBackwardArgs* args, void* 
 
 typedef enum FeStrategy {
   FE_STRATEGY_OWN = 0,     /* a block owns rows and picks their indices from all: few indices. Deterministic */
-  FE_STRATEGY_PRIVATE = 1, /* copies of the table in shared memory, summed in order: small tables. Deterministic */
+  FE_STRATEGY_PRIVATE = 1, /* sums in shared memory or registers, added in order: small tables. Deterministic */
   FE_STRATEGY_TILE = 2,    /* blocks group a tile of indices and add each run with one atomic. Not deterministic */
   FE_STRATEGY_SORT = 3     /* global sort, then every row is written once. Deterministic */
 } FeStrategy;
