@@ -233,8 +233,8 @@ def assert_close(problem, actual, expected, magnitude):
     if actual.numel() == 0:
         return
     # Sums in float32 (float64): each of log2-ish many roundings is relative to a partial sum, itself at most the sum of
-    # magnitudes; a serial chain of 64 is the longest, or of 128 in the mean where TILE adds lookups one by one; PRIVATE's
-    # grow with the lookups of a thread, whose errors have either sign. Then one rounding to the dtype.
+    # magnitudes; a serial chain of 64 is the longest, or of 128 in the mean where TILE adds lookups one by one;
+    # PRIVATE's grow with the lookups of a thread, whose errors have either sign. Then one rounding to the dtype.
     rounding = torch.finfo(accumulator(problem.dtype)).eps
     bound = 64 * rounding * magnitude + torch.finfo(problem.dtype).eps * expected.abs()
     error = (actual.double() - expected).abs()
