@@ -306,7 +306,7 @@ FeStatus launch(void (*kernel)(Params...), dim3 grid, dim3 block, Begin begin, c
 }
 
 // `cooperative`: all blocks must fit the device at once, for the kernel has barriers across the grid. Such a launch
-// runs beside no other: that it begins EARLY spares it no more than its own start.
+// runs beside no other of its stream: that it begins EARLY spares it no more than its own start.
 template <typename Params>
 FeStatus launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_bytes, const Params& params,
                 bool cooperative, Begin begin, const DeviceInfo& device, cudaStream_t stream, const char* what) {
