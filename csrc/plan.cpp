@@ -186,7 +186,7 @@ struct ClusterSort {
       both_us = total_us;
     }
   }
-  // TILE's zeros take as long.
+  // TILE's zeros take as long, and the sums less than TILE; not so behind clusters of one or two blocks.
   bool hides_behind_zeros() const {
     return pays() && blocks >= kMaxSmallCluster && both_us <= kMostOverZeros * zeros_us;
   }

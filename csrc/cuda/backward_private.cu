@@ -125,8 +125,8 @@ __device__ inline void leave_sum(const PrivateParams<kTables>& params, int t, in
 }
 
 // Of one table: a group of threads sums the copies of one element, another group the next.
-template <typename scalar_t, int kTables>
-__device__ inline void sum_copies(const PrivateParams<kTables>& params, int first_lane, const acc_t<scalar_t>* copies) {
+template <typename scalar_t>
+__device__ inline void sum_copies(const PrivateParams<1>& params, int first_lane, const acc_t<scalar_t>* copies) {
   using sum_t = acc_t<scalar_t>;
   const int elements = params.max_rows * params.lanes;  // of this block
   int width = 1;

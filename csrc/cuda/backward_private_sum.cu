@@ -609,8 +609,7 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
   const int64_t splits = ceil_div(args.num_rows, params.rows_per_split);
   set_tiles(args.scalar_type, slices, largest, shared_bytes, &params);
   const int64_t elements = int64_t{params.total_rows} * params.columns;
-  params.parts = 1;
-  while (params.parts < kMaxParts && params.parts * 2 * elements <= splits * kThreads) params.parts *= 2;
+  params.parts = threads_per_sum(elements, splits * kThreads, kMaxParts);
   const int64_t partial_bytes = splits * slices * elements * accumulator_bytes(args.scalar_type);
   const int64_t list_bytes = params.tiles > 1 ? splits * params.tiles * params.layout.list_bytes : 0;
   const size_t needed = round_up(partial_bytes, 32) + list_bytes;

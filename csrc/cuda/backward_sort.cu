@@ -10,7 +10,6 @@ namespace fast_embedding {
 FeStatus backward_sort(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                        size_t* workspace_bytes, cudaStream_t stream) {
   const FeBackwardArgs& args = call.args;
-  if (plan.digit_bits < 1 || plan.digit_bits > kMaxDigitBits) return FE_INVALID_ARGUMENT;
   const int64_t num_tables = static_cast<int64_t>(call.tables.size());
   size_t needed = 0;
   for (int64_t first = 0; first < num_tables; first += kMaxSortTables) {
@@ -18,8 +17,8 @@ FeStatus backward_sort(const FePlan& plan, const BackwardCall& call, const Devic
     IndexSort sort(plan, call, first, last, device);
     if (workspace != nullptr) sort.place(static_cast<char*>(workspace));
     SortedSums sums(plan, args, device);
-    for (int64_t t = first; t < last; ++t) sums.add(call.tables[t], sort.sorted(t - first));
     if (!sort.fits() || !sums.fits()) return FE_INVALID_ARGUMENT;
+    for (int64_t t = first; t < last; ++t) sums.add(call.tables[t], sort.sorted(t - first));
     needed = std::max(needed, static_cast<size_t>(sort.bytes() + sums.flags_bytes() + sums.partials_bytes()));
     if (workspace == nullptr) continue;
     if (*workspace_bytes < needed) return FE_WORKSPACE_TOO_SMALL;

@@ -4,6 +4,7 @@
 //             host reads the sum and allocates
 //   backward  blocks number the runs and write the row of each. With numbers in the place of rows, what remains is the
 //             dense gradient of a table of `count` rows, all of which have lookups: sum_sorted.cu
+#include "block.cuh"
 #include "sum_sorted.cuh"
 
 namespace fast_embedding {
@@ -15,7 +16,6 @@ constexpr int kItems = 8;                 // lookups of a thread in a tile
 constexpr int kTile = kThreads * kItems;  // lookups that a block numbers at a time
 constexpr int kBlocksPerSm = 4;           // every block adds up the counts of all before it
 constexpr int64_t kAlignment = 256;
-constexpr unsigned kFullWarp = 0xffffffffu;
 
 struct RunParams {
   const Lookup* lookups;  // sorted
@@ -132,15 +132,18 @@ class SparseBackward {
     chunk_runs_bytes_ = round_up(blocks_ * static_cast<int64_t>(sizeof(uint32_t)), kAlignment);
     // How wide accesses can be shows only once the values have an address.
     const int64_t scalar = scalar_bytes(args.scalar_type);
+    fits_ = sort_.fits();
     for (const int64_t pack : {int64_t{16}, int64_t{8}, scalar}) {
       if (args.tables[0].embedding_dim * scalar % pack != 0) continue;
       SortedSums sums(plan, args, device);
       sums.add(call_.tables[0], nullptr, pack);
+      fits_ = fits_ && sums.fits();
       flags_bytes_ = std::max(flags_bytes_, sums.flags_bytes());
       partials_bytes_ = std::max(partials_bytes_, sums.partials_bytes());
     }
   }
 
+  bool fits() const { return fits_; }
   size_t bytes() const {
     return static_cast<size_t>(sort_.bytes() + chunk_runs_bytes_ + flags_bytes_ + partials_bytes_);
   }
@@ -192,6 +195,7 @@ class SparseBackward {
   const DeviceInfo& device_;
   BackwardCall call_;
   IndexSort sort_;
+  bool fits_;
   int64_t chunk_;
   int64_t blocks_;
   int64_t chunk_runs_bytes_;
@@ -229,7 +233,7 @@ FeStatus prepare(const FePlan* given, const FeBackwardArgs& args, const DeviceIn
     status = fe_plan_embedding_backward(&query, plan);
     if (status != FE_OK) return status;
   }
-  return plan->strategy == FE_STRATEGY_SORT && plan->digit_bits >= 1 ? FE_OK : FE_INVALID_ARGUMENT;
+  return plan->strategy == FE_STRATEGY_SORT ? FE_OK : FE_INVALID_ARGUMENT;
 }
 
 FeStatus sparse_count(const FePlan* given, const FeBackwardArgs& args, int64_t* count, void* workspace,
@@ -248,6 +252,7 @@ FeStatus sparse_count(const FePlan* given, const FeBackwardArgs& args, int64_t* 
   status = prepare(given, args, &device, &plan);
   if (status != FE_OK) return status;
   SparseBackward backward(plan, args, *device);
+  if (!backward.fits()) return FE_INVALID_ARGUMENT;
   if (workspace == nullptr) {
     *workspace_bytes = backward.bytes();
     return FE_OK;
@@ -269,6 +274,7 @@ FeStatus sparse_backward(const FePlan* given, const FeBackwardArgs& args, int64_
   const FeStatus status = prepare(given, args, &device, &plan);
   if (status != FE_OK) return status;
   SparseBackward backward(plan, args, *device);
+  if (!backward.fits()) return FE_INVALID_ARGUMENT;
   if (*workspace_bytes < backward.bytes()) return FE_WORKSPACE_TOO_SMALL;
   return backward.sum(count, rows, static_cast<char*>(workspace), stream);
 }

@@ -1,7 +1,7 @@
 // What the forms of PRIVATE share: tables side by side, one table of few rows, and tables whose embeddings were added.
 #pragma once
 
-#include "common.cuh"
+#include "block.cuh"
 
 namespace fast_embedding {
 
@@ -17,14 +17,14 @@ FeStatus backward_few_rows(const FePlan& plan, const BackwardCall& call, const D
 // Sums over lanes of an aligned group of `width` threads, in a fixed order; the first lane has the result.
 template <typename T>
 __device__ inline T sum_group(T value, int width) {
-  for (int delta = width / 2; delta > 0; delta /= 2) value += __shfl_down_sync(0xffffffffu, value, delta, width);
+  for (int delta = width / 2; delta > 0; delta /= 2) value += __shfl_down_sync(kFullWarp, value, delta, width);
   return value;
 }
 
-// The threads that sum one element's partials: a power of two up to 32.
-inline int32_t threads_per_sum(int64_t num_elements, int64_t grid_threads) {
+// The threads that sum one element's partials: a power of two up to `most`.
+inline int32_t threads_per_sum(int64_t num_elements, int64_t grid_threads, int32_t most = 32) {
   int32_t width = 1;
-  while (width < 32 && num_elements * width * 2 <= grid_threads) width *= 2;
+  while (width < most && num_elements * width * 2 <= grid_threads) width *= 2;
   return width;
 }
 

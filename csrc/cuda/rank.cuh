@@ -8,6 +8,8 @@
 
 namespace fast_embedding {
 
+constexpr int kMaxDigitBits = 10;
+
 // Counts of two digits share a word, 16 bits each: no sum of a tile's or a chunk's counts reaches over.
 __device__ inline uint32_t low_half(uint32_t word) { return word & 0xffff; }
 __device__ inline uint32_t high_half(uint32_t word) { return word >> 16; }

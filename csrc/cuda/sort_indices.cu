@@ -322,6 +322,7 @@ IndexSort::IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first
   params_.index_row_stride = args.index_row_stride;
   params_.index_table_stride = args.index_table_stride;
   params_.num_rows = static_cast<uint32_t>(args.num_rows);
+  const int32_t digit_bits = std::clamp(plan.digit_bits, 1, kMaxDigitBits);
   for (int64_t t = first; t < last; ++t) {
     const TableSlice& source = call.tables[t];
     SortTable& table = params_.table[t - first];
@@ -332,7 +333,7 @@ IndexSort::IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first
     const int64_t highest = source.num_embeddings - (source.padding_idx >= 0 ? 0 : 1);
     int bits = 1;
     while (highest >> bits != 0) ++bits;
-    table.passes = static_cast<int32_t>(ceil_div(bits, plan.digit_bits));
+    table.passes = static_cast<int32_t>(ceil_div(bits, digit_bits));
     table.digit_bits = std::max(static_cast<int32_t>(ceil_div(bits, table.passes)), kMinDigitBits);
     params_.passes = std::max(params_.passes, table.passes);
     params_.bins = std::max(params_.bins, 1 << table.digit_bits);
@@ -348,7 +349,7 @@ IndexSort::IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first
   blocks_ = std::min<int64_t>(params_.num_tables * chunks, device.properties.num_sms);
   shared_bytes_ = shared_bytes(params_);
   max_shared_bytes_ = device.properties.shared_bytes_per_block - kStaticSharedBytes;
-  fits_ = plan.digit_bits <= kMaxDigitBits && plan.sort_tile % kThreads == 0 && plan.sort_tile <= kMaxTile &&
+  fits_ = plan.digit_bits == digit_bits && plan.sort_tile % kThreads == 0 && plan.sort_tile <= kMaxTile &&
           plan.sort_tile > 0 && (in_cluster_ || shared_bytes_ <= max_shared_bytes_);
 
   const int64_t entries = args.num_rows * params_.num_tables;
@@ -365,7 +366,6 @@ void IndexSort::place(char* memory) {
 }
 
 FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64_t zeros_bytes, cudaStream_t stream) {
-  if (!fits_) return FE_INVALID_ARGUMENT;
   params_.flags = flags;
   params_.flags_bytes = flags_bytes;
   params_.zeros = zeros;

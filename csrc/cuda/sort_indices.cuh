@@ -5,7 +5,6 @@
 
 namespace fast_embedding {
 
-constexpr int kMaxDigitBits = 10;
 constexpr int kMaxSortTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
 
 // A lookup: the row that it names, and where it stands in the table's column of indices. A lookup of padding_idx names
@@ -52,6 +51,7 @@ class IndexSort {
   IndexSort(const FePlan& plan, const BackwardCall& call, int64_t first, int64_t last, const DeviceInfo& device,
             bool with_spare = false);
 
+  // Whether the plan does: nothing is enqueued where not.
   bool fits() const { return fits_; }
   int64_t bytes() const { return bytes_; }
   // Takes bytes() bytes of memory, aligned to 256.
@@ -62,7 +62,7 @@ class IndexSort {
   }
   // As much memory again, not in use once the sort has run, where there is one table and the sort is with_spare.
   Lookup* spare() const { return params_.lookups[in_cluster_ ? 1 : params_.table[0].passes % 2]; }
-  // Enqueues the sort, and zeros for two ranges. FE_INVALID_ARGUMENT where the plan does not fit.
+  // Enqueues the sort, and zeros for two ranges. FE_INVALID_ARGUMENT where the device does not allow the cluster.
   FeStatus enqueue(void* flags, int64_t flags_bytes, void* zeros, int64_t zeros_bytes, cudaStream_t stream);
 
  private:

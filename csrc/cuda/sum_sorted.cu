@@ -4,6 +4,7 @@
 // numbers, so what is waited for is under way.
 #include <algorithm>
 
+#include "block.cuh"
 #include "runs.cuh"
 #include "sum_sorted.cuh"
 
@@ -18,7 +19,6 @@ constexpr int kMaxLanes = 64;
 constexpr int kMaxPart = 1024;
 constexpr int64_t kAlignment = 256;
 constexpr int64_t kMaxPack = 8;  // columns in the widest access of all types: to it partial sums are aligned
-constexpr unsigned kFullWarp = 0xffffffffu;
 
 enum Flag : uint32_t {
   kPending = 0,
@@ -232,7 +232,6 @@ FeStatus SortedSums::start(cudaStream_t stream) const {
 }
 
 FeStatus SortedSums::enqueue(void* flags, void* partials, cudaStream_t stream) {
-  if (!fits_) return FE_INVALID_ARGUMENT;
   if (work_ > INT32_MAX) return FE_UNSUPPORTED;
   // Those whose rows take most threads first: their blocks take longest, and others run beside the last of them.
   SumTable* const tables = params_.table;

@@ -33,7 +33,6 @@ struct SumParams {
 // The sums of up to kMaxSortTables tables of a call: each row that has lookups is written once, the others not at all.
 class SortedSums {
  public:
-  // FE_INVALID_ARGUMENT from enqueue() where the plan does not fit.
   SortedSums(const FePlan& plan, const FeBackwardArgs& args, const DeviceInfo& device);
 
   // `lookups`: [num_rows], ascending by (row, position); rows from num_embeddings on are dropped.
@@ -41,11 +40,12 @@ class SortedSums {
   // The same in accesses of `pack` bytes, where the addresses are yet to come.
   void add(const TableSlice& table, const Lookup* lookups, int64_t pack);
 
+  // Whether the plan does: nothing is enqueued where not.
+  bool fits() const { return fits_; }
   int64_t flags_bytes() const;
   int64_t partials_bytes() const;
   // Takes both, aligned to 256; the flags are zeroed.
   FeStatus enqueue(void* flags, void* partials, cudaStream_t stream);
-  bool fits() const { return fits_; }
 
  private:
   template <typename scalar_t, int kSize>
