@@ -281,43 +281,21 @@ FeStatus allow_shared_memory(const void* kernel, int64_t bytes, const DeviceInfo
 // waited for everybody else's.
 enum class Begin { AFTER_ALL, EARLY };
 
-inline bool begins_early(Begin begin, const DeviceInfo& device) {
-  return FE_EARLY_LAUNCH && begin == Begin::EARLY && device.properties.compute_capability >= 90;
-}
-
-inline cudaLaunchAttribute early_attribute() {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  return attribute;
-}
-
-template <typename... Params>
-FeStatus launch(void (*kernel)(Params...), dim3 grid, dim3 block, Begin begin, const DeviceInfo& device,
-                cudaStream_t stream, const char* what, Params... params) {
-  cudaLaunchAttribute attribute = early_attribute();
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = begins_early(begin, device) ? 1 : 0;
-  return check_cuda(cudaLaunchKernelEx(&config, kernel, params...), what);
-}
-
 // `cooperative`: all blocks must fit the device at once, for the kernel has barriers across the grid. Such a launch
 // runs beside no other of its stream: that it begins EARLY spares it no more than its own start.
 template <typename Params>
 FeStatus launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_bytes, const Params& params,
                 bool cooperative, Begin begin, const DeviceInfo& device, cudaStream_t stream, const char* what) {
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[2]{};
   unsigned count = 0;
   if (cooperative) {
-    attributes[count] = {};
     attributes[count].id = cudaLaunchAttributeCooperative;
     attributes[count++].val.cooperative = 1;
   }
-  if (begins_early(begin, device)) attributes[count++] = early_attribute();
+  if (FE_EARLY_LAUNCH && begin == Begin::EARLY && device.properties.compute_capability >= 90) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

@@ -227,8 +227,8 @@ int64_t SortedSums::partials_bytes() const {
 template <typename scalar_t, int kSize>
 FeStatus SortedSums::start(cudaStream_t stream) const {
   const auto kernel = args_.scale_grad_by_freq ? sum_sorted<scalar_t, kSize, true> : sum_sorted<scalar_t, kSize, false>;
-  return launch(kernel, dim3(static_cast<unsigned>(work_)), dim3(kThreads), Begin::EARLY, device_, stream, "sum_sorted",
-                params_);
+  return launch(kernel, dim3(static_cast<unsigned>(work_)), dim3(kThreads), 0, params_, false, Begin::EARLY, device_,
+                stream, "sum_sorted");
 }
 
 FeStatus SortedSums::enqueue(void* flags, void* partials, cudaStream_t stream) {
