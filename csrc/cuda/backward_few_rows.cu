@@ -227,12 +227,8 @@ FeStatus launch(const FewRowsParams& params, dim3 grid, int threads, int64_t sha
       allow_shared_memory(reinterpret_cast<const void*>(kernel), device.properties.shared_bytes_per_block, device,
                           &allowed, "backward_few_rows shared memory");
   if (status != FE_OK) return status;
-  if (params.splits == 1) {
-    kernel<<<grid, threads, shared_bytes, stream>>>(params);
-    return check_cuda(cudaGetLastError(), "backward_few_rows");
-  }
-  return launch_cooperative(kernel, grid, dim3(threads), shared_bytes, params, begin, device, stream,
-                            "backward_few_rows");
+  return fast_embedding::launch(kernel, grid, dim3(threads), shared_bytes, params, params.splits > 1, begin, device,
+                                stream, "backward_few_rows");
 }
 
 // The bytes of an access: 16, or of a 16-bit type 8, for four columns of it; else one element. Eight columns have room
