@@ -45,7 +45,6 @@ struct FewRowsParams {
   int32_t threads_per_sum;  // phase 2
   int32_t num_rows;
   FeIndexType index_type;
-  int32_t index_bytes;
   const void* indices;  // of the table, as is grad_output
   int64_t index_row_stride;
   const void* grad_output;
@@ -69,8 +68,10 @@ __device__ inline Share share_of_thread(const FewRowsParams& params, int copy) {
   return {first, step, first < params.num_rows ? (params.num_rows - first - 1) / step + 1 : 0};
 }
 
+__host__ __device__ inline int index_bytes(FeIndexType type) { return type == FE_INT64 ? 8 : 4; }
+
 __device__ inline const char* index_address(const FewRowsParams& params, int row) {
-  return static_cast<const char*>(params.indices) + row * params.index_row_stride * params.index_bytes;
+  return static_cast<const char*>(params.indices) + row * params.index_row_stride * index_bytes(params.index_type);
 }
 
 // Finds which of a thread's indices is out of range, and fails.
@@ -88,7 +89,7 @@ __device__ inline bool accumulate(const FewRowsParams& params, Share share, int 
                                   acc_t<scalar_t> (&sum)[kRows][kColumns]) {
   constexpr int kAhead = kInFlight<scalar_t, kRows, kColumns>;
   const char* next_index = index_address(params, share.first);
-  const int64_t index_step = share.step * params.index_row_stride * params.index_bytes;
+  const int64_t index_step = share.step * params.index_row_stride * index_bytes(params.index_type);
   const scalar_t* next_grad = static_cast<const scalar_t*>(params.grad_output) +
                               share.first * params.grad_output_stride + int64_t{pack} * kColumns;
   const int64_t grad_step = share.step * params.grad_output_stride;
@@ -304,9 +305,8 @@ FeStatus backward_few_rows(const FePlan& plan, const BackwardCall& call, const D
   params.packs = static_cast<int32_t>(packs);
   params.num_rows = static_cast<int32_t>(args.num_rows);
   params.index_type = args.index_type;
-  params.index_bytes = args.index_type == FE_INT64 ? 8 : 4;
-  params.indices =
-      static_cast<const char*>(args.indices) + table.index_column * args.index_table_stride * params.index_bytes;
+  params.indices = static_cast<const char*>(args.indices) +
+                   table.index_column * args.index_table_stride * index_bytes(args.index_type);
   params.index_row_stride = args.index_row_stride;
   params.grad_output = static_cast<const char*>(args.grad_output) + table.first_column * scalar;
   params.grad_output_stride = args.grad_output_stride;
