@@ -25,7 +25,6 @@ constexpr int64_t kMinPrivateIndices = 131072;
 constexpr int64_t kMaxPrivateNumelForSort = 2048;
 constexpr int64_t kMinPrivateIndicesForSort = kMaxOwnIndicesForSort;
 // PRIVATE in registers: see backward_few_rows.cu. Every block of it takes up to 64 accesses of a row side by side.
-constexpr int64_t kMaxFewRows = 16;
 constexpr int64_t kMinFewRowsIndices = 4096;
 constexpr int64_t kFewRowsColumns64 = 64;  // in float64: 300 columns take a quarter longer than before, 768 twice
 constexpr int64_t kFewRowsOfWide16 = 10;   // 16-bit rows of kWideColumns16 and more: TILE is up to 10% faster beyond
@@ -138,7 +137,7 @@ bool float64_is_fast(const FeDevice& device) {
 // up to some ten rows, of instructions beyond, where the other kernels go no faster.
 bool plan_few_rows(const FePlanQuery& query, bool instead_of_sort, FePlan* plan) {
   const int64_t min_indices = instead_of_sort ? kMinPrivateIndicesForSort : kMinFewRowsIndices;
-  if (query.num_tables != 1 || query.num_embeddings == 0 || query.num_embeddings > kMaxFewRows ||
+  if (query.num_tables != 1 || query.num_embeddings == 0 || query.num_embeddings > FE_MAX_FEW_ROWS ||
       query.embedding_dim == 0 || query.embedding_dim > kFewRowsColumnsPerSm * query.device.num_sms ||
       query.num_indices < min_indices) {
     return false;

@@ -10,7 +10,7 @@ FeStatus backward_private_sum(const FePlan& plan, const BackwardCall& call, cons
                               size_t* workspace_bytes, cudaStream_t stream);
 
 // For one table of up to kMaxFewRows rows.
-constexpr int64_t kMaxFewRows = 16;
+constexpr int64_t kMaxFewRows = FE_MAX_FEW_ROWS;
 FeStatus backward_few_rows(const FePlan& plan, const BackwardCall& call, const DeviceInfo& device, void* workspace,
                            size_t* workspace_bytes, cudaStream_t stream);
 
