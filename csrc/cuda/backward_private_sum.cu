@@ -449,7 +449,7 @@ __device__ inline void sum_places(const PrivateSumParams& params, const char* sh
 template <typename scalar_t>
 __device__ inline void sum_splits(const PrivateSumParams& params) {
   using sum_t = acc_t<scalar_t>;
-  constexpr int kLoads = 16;  // at once, also where there are fewer
+  constexpr int kLoads = 16;
   const int splits = gridDim.x;
   scalar_t* grad_weight = static_cast<scalar_t*>(params.grad_weight);
   const int elements = params.total_rows * params.columns;
@@ -462,14 +462,7 @@ __device__ inline void sum_splits(const PrivateSumParams& params) {
         static_cast<const sum_t*>(params.partials) + static_cast<int64_t>(blockIdx.y) * elements + element;
     sum_t total = 0;
     if (splits <= kLoads * params.parts) {
-      sum_t addend[kLoads];
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) {
-        const int split = part + k * params.parts;
-        addend[k] = split < splits ? partial[split * split_step] : 0;
-      }
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) total += addend[k];
+      add_partials<kLoads>(partial, split_step, part, splits, params.parts, total);
     } else {
 #pragma unroll kLoads
       for (int split = part; split < splits; split += params.parts) total += partial[split * split_step];

@@ -28,11 +28,26 @@ inline int32_t threads_per_sum(int64_t num_elements, int64_t grid_threads, int32
   return width;
 }
 
+// Adds the partials split, split + width, ... below `splits` to a total: kLoads of them, at once, also where fewer are
+// left. One after the other, each load would wait for the last.
+template <int kLoads, typename sum_t>
+__device__ inline void add_partials(const sum_t* partial, int64_t split_step, int split, int splits, int width,
+                                    sum_t& total) {
+  sum_t part[kLoads];
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+    const int at = split + k * width;
+    part[k] = at < splits ? partial[at * split_step] : 0;
+  }
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) total += part[k];
+}
+
 // Sums the blocks' partials [splits, num_elements] with all threads of the grid, `width` of them an element, in order.
 // write(element, total) is called once an element.
 template <typename sum_t, typename Write>
 __device__ inline void sum_partials(const sum_t* partials, int splits, int num_elements, int width, Write write) {
-  constexpr int kLoads = 8;  // at once, also where fewer are left: one after the other, each would wait for the last
+  constexpr int kLoads = 8;
   const int block = blockIdx.y * gridDim.x + blockIdx.x;
   const int step = static_cast<int>(gridDim.x * gridDim.y * blockDim.x) / width;
   const int member = threadIdx.x % width;
@@ -43,14 +58,7 @@ __device__ inline void sum_partials(const sum_t* partials, int splits, int num_e
     const sum_t* partial = partials + element;
     sum_t total = 0;
     for (int split = exists ? member : splits; split < splits; split += kLoads * width) {
-      sum_t part[kLoads];
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) {
-        const int at = split + k * width;
-        part[k] = at < splits ? partial[static_cast<int64_t>(at) * num_elements] : 0;
-      }
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) total += part[k];
+      add_partials<kLoads>(partial, num_elements, split, splits, width, total);
     }
     total = sum_group(total, width);
     if (exists && member == 0) write(element, total);
