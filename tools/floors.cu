@@ -37,7 +37,7 @@ __device__ inline uint32_t folded(uint4 word) { return word.x ^ word.y ^ word.z 
 // barrier the gradient is written, by values that needed what other blocks had read.
 template <int kLoads>
 __global__ void read_and_write(const uint4* indices, int64_t index_words, const uint4* grad, int64_t grad_words,
-                               uint32_t* partials, uint4* output, int64_t output_words) {
+                               uint32_t* partials, uint4* output, int64_t output_bytes) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   uint32_t fold = 0;
@@ -59,7 +59,9 @@ __global__ void read_and_write(const uint4* indices, int64_t index_words, const 
   if (threadIdx.x % 32 == 0) partials[thread / 32] = fold;
   cooperative_groups::this_grid().sync();
   const uint32_t value = __ldcg(partials + thread % (threads / 32));
+  const int64_t output_words = output_bytes / 16;
   for (int64_t i = thread; i < output_words; i += threads) output[i] = make_uint4(value, value, value, value);
+  if (thread < output_bytes % 16) reinterpret_cast<char*>(output + output_words)[thread] = static_cast<char>(value);
 }
 
 }  // namespace
@@ -106,8 +108,7 @@ __attribute__((visibility("default"))) int read_and_write_floor(const void* indi
   blocks_per_sm = std::min(blocks_per_sm, fitting);
   int64_t index_words = index_bytes / 16;
   int64_t grad_words = grad_bytes / 16;
-  int64_t output_words = output_bytes / 16;
-  void* arguments[] = {&indices, &index_words, &grad, &grad_words, &partials, &output, &output_words};
+  void* arguments[] = {&indices, &index_words, &grad, &grad_words, &partials, &output, &output_bytes};
   return cudaLaunchCooperativeKernel(kernel, dim3(sms * blocks_per_sm), dim3(kThreads), arguments, 0,
                                      static_cast<cudaStream_t>(stream));
 }
