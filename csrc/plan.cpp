@@ -36,7 +36,7 @@ constexpr int64_t kMinSortGradientBytes = int64_t{192} << 20;
 constexpr int64_t kMinSortRowBytes16 = 128;
 constexpr int64_t kMinSortGradientBytes16 = int64_t{32} << 20;
 constexpr int64_t kAlwaysSortRowBytes16 = 1024;
-constexpr int64_t kMinSortRows16 = 64;
+constexpr int64_t kMinSortRows16 = 256;  // of fewer a tile merges so many lookups that its atomics cost less
 // What small tables beside others cost, in microseconds on 132 SMs: a lookup in TILE and in SORT, a column of one in
 // PRIVATE, and what PRIVATE's launch adds where others run too, or more than TILE's where none do.
 constexpr double kTileLookupUs = 42e-6;

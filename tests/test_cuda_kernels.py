@@ -262,6 +262,8 @@ def plans_for(problem, library, deterministic=False):
     """All plans that fit: the table's own, and each strategy with the shortest and longest of its parameters."""
     sixteen_bit = problem.dtype in (torch.float16, torch.bfloat16)
     plans = [abi.Plan(abi.TILE, tile=tile, float32_scratch=sixteen_bit) for tile in (0, 32, 416, 1024)]
+    if has_room_for_many_threads():
+        plans += [abi.Plan(abi.TILE, threads=768, tile=tile, float32_scratch=sixteen_bit) for tile in (32, 3072)]
     plans += sort_plans(problem.num_rows)
     if len(problem.sizes) == 1 and problem.num_rows <= 2048:
         plans.append(abi.Plan(abi.OWN))
@@ -280,6 +282,10 @@ def plans_for(problem, library, deterministic=False):
     if is_few_rows(problem):
         plans += FEW_ROWS_PLANS
     return plans
+
+
+def has_room_for_many_threads():
+    return device_properties().shared_bytes_per_block >= 96 << 10
 
 
 # Sums in registers: by one block, and by some that share the rows.
@@ -531,6 +537,24 @@ def test_backward_of_many_tables(library, sizes, num_rows, dtype):
         for plan in plans_for(problem, library):
             assert_gradient(problem, problem.backward(library, plan))
         assert_gradient(problem, problem.backward(library))
+
+
+# Enough lookups, or wide enough, that TILE gives an SM to one block: of one round and of several.
+MANY_LOOKUPS = [
+    ([(1000, 32)], 150001),
+    ([(119, 300)], 40000),
+    ([(700, 3)], 500003),
+    ([(400, 8)] * 26, 8192),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes, num_rows", MANY_LOOKUPS, ids=lambda value: str(value)[:20])
+def test_backward_by_one_block_an_sm(library, sizes, num_rows, dtype):
+    plan = abi.Plan(abi.TILE, float32_scratch=dtype in (torch.float16, torch.bfloat16))
+    for distribution, index_dtype, padding, offset in CASES:
+        problem = Problem(sizes, num_rows, dtype, index_dtype, distribution, padding, offset)
+        assert_gradient(problem, problem.backward(library, plan))
 
 
 # Tables whose columns allow accesses of 16 bytes beside such that allow 8, or one element; rows of several chunks among
@@ -831,6 +855,8 @@ def test_plans_that_do_not_fit_are_refused(library):
         abi.Plan(abi.PRIVATE, threads=0, splits=132),  # more rows than fit registers
         abi.Plan(abi.TILE, tile=100),
         abi.Plan(abi.TILE, tile=2048),
+        abi.Plan(abi.TILE, threads=512),
+        abi.Plan(abi.TILE, threads=768, tile=4096),
         abi.Plan(abi.SORT, tile=0, digit_bits=10, sort_tile=8192),
         abi.Plan(abi.SORT, tile=256, digit_bits=0, sort_tile=8192),
         abi.Plan(abi.SORT, tile=256, digit_bits=10, sort_tile=16384),

@@ -6,6 +6,9 @@
 // the first tile shows no row so often that its atomics would queue, a block leaves that out and adds each lookup by
 // itself: the gradient is then read in order, and the atomics meet seldom.
 //
+// Three blocks share an SM, or, where there are lookups enough, one has it to itself: its tiles are three times as
+// large, so that more lookups of a row meet in one.
+//
 // One launch: the zeros of the gradient are written first, while the first tile is being grouped or read, so the
 // latency of the one hides behind the traffic of the other; after a grid-wide barrier come the additions. (Many zeros
 // are a launch of their own, and there is no barrier.) A 16-bit gradient is summed in a float32 copy and rounded once
@@ -24,22 +27,30 @@
 namespace fast_embedding {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 3;  // 4 leave 64 registers a thread: bfloat16 and float64 spill
-constexpr int kMaxTile = 1024;
+// Threads of a block: three blocks share an SM (of four each thread would have 64 registers: bfloat16 and float64
+// spill), or one has it to itself, where it has lookups for all.
+constexpr int kFewThreads = 256;
+constexpr int kManyThreads = 768;
+constexpr int kThreadsPerSm = 768;
+constexpr int kItems = 4;  // lookups of a thread in a tile, at the most
 constexpr int kTileStep = 32;
 constexpr int64_t kMaxGroupedInSmallTiles = 4096;
 constexpr int kRoundPack = 4;
 constexpr int kUnroll = 4;  // gradient loads in flight in a thread; 8 wide ones spill in bfloat16 and float64
 constexpr int kUnrollNarrow = 8;
-constexpr int kMinSlotBits = 8;  // a slot a thread
+constexpr int kMinSlotBits = 8;
 constexpr int kMaxLanes = 64;
 constexpr int kMaxTables = 64;  // in one launch: the parameters of a kernel end at 4 KB
-constexpr int kItems = kMaxTile / kThreads;
-constexpr int kSamples = 2;  // lookups of a thread that are looked at for a hot row: 0.3 us each
-constexpr int kAhead = 2;    // of these before the indices are known; more spill
+constexpr int kSamples = 512;   // lookups of the first tile that are looked at for a hot row: 0.3 us for each 256
+constexpr int kAhead = 2;       // gradients of a thread that are asked for before the indices are known; more spill
 constexpr int32_t kEmpty = -1;
 constexpr uint32_t kSkip = 0xffffffffu;
+constexpr int kPrefetchBytes = 2048;  // of a warp, while the tile is grouped
+// A block has an SM to itself from so many lookups an SM on, each counted for every chunk of its columns, or from so
+// many bytes of sums.
+constexpr int64_t kManyLookupsOfSm = 900;
+constexpr int64_t kManyBytesOfSm = 240 << 10;
+constexpr int64_t kManyThreadsShared = 96 << 10;  // what the largest tile takes
 
 // Columns in the widest access: 16 bytes of accumulators (see narrow_pack_bytes).
 template <typename scalar_t>
@@ -108,7 +119,7 @@ struct TileShared {
   int32_t* row;        // [slots] the row that a slot stands for
   uint32_t* count;     // [slots] its indices, then where its run begins
   uint32_t* grouped;   // [tile] the row of each position; then position << 16 | slot, runs of equal slots
-  uint32_t* warp_sum;  // [kThreads / 32]
+  uint32_t* warp_sum;  // [kManyThreads / 32]
   void* edges;         // Edges
 
   __device__ TileShared(char* memory, const TileParams& params) {
@@ -116,16 +127,17 @@ struct TileShared {
     count = reinterpret_cast<uint32_t*>(row + params.slots);
     grouped = count + params.slots;
     warp_sum = grouped + params.tile;
-    edges = warp_sum + kThreads / 32;
+    edges = warp_sum + kManyThreads / 32;
   }
 };
 
-template <typename scalar_t, int kSize>
+template <typename scalar_t, int kSize, int kThreads>
 int64_t shared_bytes(const TileParams& params) {
-  return 4 * (2 * params.slots + params.tile + kThreads / 32) +
+  return 4 * (2 * params.slots + params.tile + kManyThreads / 32) +
          sizeof(Edges<acc_t<scalar_t>, kLargest<scalar_t, kSize>, kThreads>);
 }
 
+template <int kThreads>
 __device__ inline void clear_slots(const TileShared& shared, const TileParams& params) {
   for (int slot = threadIdx.x; slot < params.slots; slot += kThreads) {
     shared.row[slot] = kEmpty;
@@ -144,16 +156,18 @@ __device__ inline uint32_t find_or_insert(const TileShared& shared, const TilePa
 }
 
 // Turns counts into the beginnings of runs; returns the number of all. Ends with a barrier.
+template <int kThreads>
 __device__ inline uint32_t scan_counts(const TileShared& shared, const TileParams& params) {
-  const int per_thread = params.slots / kThreads;
+  const int per_thread = (params.slots + kThreads - 1) / kThreads;
   const int first = threadIdx.x * per_thread;
+  const int last = min(first + per_thread, params.slots);
   uint32_t own = 0;
-  for (int i = 0; i < per_thread; ++i) own += shared.count[first + i];
+  for (int i = first; i < last; ++i) own += shared.count[i];
   const Scan scan = scan_threads<kThreads>(own, shared.warp_sum);
   uint32_t before = scan.before;
-  for (int i = 0; i < per_thread; ++i) {
-    const uint32_t count = shared.count[first + i];
-    shared.count[first + i] = before;
+  for (int i = first; i < last; ++i) {
+    const uint32_t count = shared.count[i];
+    shared.count[i] = before;
     before += count;
   }
   __syncthreads();
@@ -162,7 +176,7 @@ __device__ inline uint32_t scan_counts(const TileShared& shared, const TileParam
 
 // Finds which of this thread's indices is out of range, and fails.
 static __noinline__ __device__ void fail_in_tile(const TileParams& params, const TileTable& table, int64_t first_row) {
-  for (int64_t row = first_row + threadIdx.x; row < min(first_row + params.tile, params.num_rows); row += kThreads) {
+  for (int64_t row = first_row + threadIdx.x; row < min(first_row + params.tile, params.num_rows); row += blockDim.x) {
     const int64_t index = load_index(params.indices, params.index_type,
                                      row * params.index_row_stride + table.index_column * params.index_table_stride);
     check_index(signed_index(index, params.index_type), table.num_embeddings);
@@ -171,6 +185,7 @@ static __noinline__ __device__ void fail_in_tile(const TileParams& params, const
 
 // Fills shared.grouped with the rows that a tile's indices name, kSkip for padding and behind the last. A thread reads
 // back what it has written, or waits.
+template <int kThreads>
 __device__ inline void load_rows(const TileShared& shared, const TileParams& params, const TileTable& table,
                                  int64_t first_row) {
   // All loads, then all checks: a use of one index would make the next load wait for it.
@@ -205,12 +220,13 @@ __device__ inline void load_rows(const TileShared& shared, const TileParams& par
 
 // Whether a row stands hot_count times or more among 32 neighbours in a sample of the tile. Uniform in the block; ends
 // with a barrier.
+template <int kThreads>
 __device__ inline bool has_hot_row(const TileShared& shared, const TileParams& params, const TileTable& table) {
   bool hot = false;
 #pragma unroll
-  for (int k = 0; k < kSamples; ++k) {
+  for (int k = 0; k < (kSamples + kThreads - 1) / kThreads; ++k) {
     const int position = k * kThreads + threadIdx.x;
-    const uint32_t row = position < params.tile ? shared.grouped[position] : kSkip;
+    const uint32_t row = position < min(params.tile, kSamples) ? shared.grouped[position] : kSkip;
     const int count = __popc(__match_any_sync(kFullWarp, row));  // by all lanes
     if (count >= table.hot_count && row != kSkip) hot = true;
   }
@@ -218,6 +234,7 @@ __device__ inline bool has_hot_row(const TileShared& shared, const TileParams& p
 }
 
 // Groups the loaded rows by slots that are clear; returns how many there are, padding left out. Ends with a barrier.
+template <int kThreads>
 __device__ inline uint32_t group_tile(const TileShared& shared, const TileParams& params) {
   uint32_t slot[kItems];
   uint32_t rank[kItems];
@@ -232,7 +249,7 @@ __device__ inline uint32_t group_tile(const TileShared& shared, const TileParams
     }
   }
   __syncthreads();
-  const uint32_t total = scan_counts(shared, params);
+  const uint32_t total = scan_counts<kThreads>(shared, params);
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     if (slot[k] != kSkip) {
@@ -245,7 +262,7 @@ __device__ inline uint32_t group_tile(const TileShared& shared, const TileParams
 }
 
 // A thread's share of a tile: its columns, and every groups-th lookup or an equal part of the runs.
-template <typename scalar_t, int kSize>
+template <typename scalar_t, int kSize, int kThreads>
 struct TileShare {
   using sum_t = acc_t<scalar_t>;
   int groups, group;
@@ -277,11 +294,11 @@ struct TileShare {
 };
 
 // Sums the runs of the grouped list and adds each to the gradient.
-template <typename scalar_t, int kSize, int kLoads>
+template <typename scalar_t, int kSize, int kLoads, int kThreads>
 __device__ inline void add_runs(const TileShared& shared, const TileParams& params, const TileTable& table,
                                 int64_t first_row, int chunk, uint32_t total) {
   using sum_t = acc_t<scalar_t>;
-  const TileShare<scalar_t, kSize> share(params, table, first_row, chunk);
+  const TileShare<scalar_t, kSize, kThreads> share(params, table, first_row, chunk);
   sum_runs<scalar_t, kSize, kLoads, true>(
       total, table.lanes, share.active, *static_cast<Edges<sum_t, kSize, kThreads>*>(shared.edges),
       [&](uint32_t i) { return shared.grouped[i] & 0xffffu; },
@@ -302,11 +319,11 @@ __device__ inline void wait_for_zeros(const TileParams& params) {
 
 // Adds each lookup of a tile to the gradient by itself, once it is zeroed: `*zeroed` says if that is known. `ahead`
 // holds this thread's first gradients.
-template <typename scalar_t, int kSize, int kLoads, int kColumns>
+template <typename scalar_t, int kSize, int kLoads, int kThreads, int kColumns>
 __device__ inline void add_lookups(const TileShared& shared, const TileParams& params, const TileTable& table,
                                    int64_t first_row, int chunk, const Pack<scalar_t, kColumns> (&ahead)[kAhead],
                                    bool* zeroed) {
-  const TileShare<scalar_t, kSize> share(params, table, first_row, chunk);
+  const TileShare<scalar_t, kSize, kThreads> share(params, table, first_row, chunk);
   for (int first = 0; first < share.length; first += share.groups * kLoads) {
     Pack<scalar_t, kColumns> value[kLoads] = {};  // for the reason in sum_runs
     if (first > 0) {
@@ -333,9 +350,24 @@ __device__ inline void add_lookups(const TileShared& shared, const TileParams& p
   }
 }
 
+// Asks for some of the gradients of the only table's tile: memory would rest while the lookups are grouped.
+__device__ inline void prefetch_gradients(const TileParams& params, int64_t first_row, int chunk, int scalar_size) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (threadIdx.x % 32 != 0 || params.num_tables > 1) return;
+  const int64_t row_bytes = params.grad_output_stride * scalar_size;
+  const int64_t bytes = (min(static_cast<int64_t>(params.tile), params.num_rows - first_row) - 1) * row_bytes;
+  const int64_t at = static_cast<int64_t>(chunk * (blockDim.x / 32) + threadIdx.x / 32) * kPrefetchBytes;
+  if (at + kPrefetchBytes > bytes) return;
+  const char* begin = static_cast<const char*>(params.grad_output) + first_row * row_bytes + at;
+  begin -= reinterpret_cast<uintptr_t>(begin) % 16;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(begin), "n"(kPrefetchBytes) : "memory");
+#endif
+}
+
 // kSize: columns in an access, or kMixed.
-template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __grid_constant__ TileParams params) {
+template <typename scalar_t, int kSize, int kThreads>
+__global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads)
+    tile_backward(const __grid_constant__ TileParams params) {
   using sum_t = acc_t<scalar_t>;
   constexpr int kLoads = kSize == 1 ? kUnrollNarrow : kUnroll;
   extern __shared__ __align__(16) char memory[];
@@ -358,35 +390,37 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tile_backward(const __
     const int64_t first_row = static_cast<int64_t>(local / table.chunks) * params.tile;
     const int chunk = local % table.chunks;
     if (t != sampled_table) groups = table.hot_count != kNeverHot;
-    if (groups) clear_slots(shared, params);
+    if (groups) clear_slots<kThreads>(shared, params);
     // Asked for beside the indices where lookups may be added one by one.
     Pack<scalar_t, kLargest<scalar_t, kSize>> ahead[kAhead] = {};
     const bool samples = groups && t != sampled_table && table.hot_count != kAlwaysHot;
     if (samples || !groups) {
       with_pack<scalar_t, kSize, kWidest<scalar_t>>(table.pack, [&](auto pack) {
-        const TileShare<scalar_t, decltype(pack)::value> share(params, table, first_row, chunk);
+        const TileShare<scalar_t, decltype(pack)::value, kThreads> share(params, table, first_row, chunk);
         share.template load<0, kAhead>(params, 0, ahead);
       });
     }
-    load_rows(shared, params, table, first_row);
+    load_rows<kThreads>(shared, params, table, first_row);
     if (samples) {
-      groups = has_hot_row(shared, params, table);
+      groups = has_hot_row<kThreads>(shared, params, table);
     } else {
       __syncthreads();
     }
     sampled_table = t;
     if (groups) {
-      const uint32_t total = group_tile(shared, params);
+      if constexpr (kThreads == kManyThreads) prefetch_gradients(params, first_row, chunk, sizeof(scalar_t));
+      const uint32_t total = group_tile<kThreads>(shared, params);
       if (!zeroed) {
         wait_for_zeros(params);
         zeroed = true;
       }
       with_pack<scalar_t, kSize, kWidest<scalar_t>>(table.pack, [&](auto pack) {
-        add_runs<scalar_t, decltype(pack)::value, kLoads>(shared, params, table, first_row, chunk, total);
+        add_runs<scalar_t, decltype(pack)::value, kLoads, kThreads>(shared, params, table, first_row, chunk, total);
       });
     } else {
       with_pack<scalar_t, kSize, kWidest<scalar_t>>(table.pack, [&](auto pack) {
-        add_lookups<scalar_t, decltype(pack)::value, kLoads>(shared, params, table, first_row, chunk, ahead, &zeroed);
+        add_lookups<scalar_t, decltype(pack)::value, kLoads, kThreads>(shared, params, table, first_row, chunk, ahead,
+                                                                       &zeroed);
       });
     }
     __syncthreads();
@@ -416,12 +450,20 @@ void split_columns(int64_t packs, TileTable* table) {
   table->lanes = static_cast<int32_t>(ceil_div(packs, table->chunks));
 }
 
-template <typename scalar_t, int kSize>
+template <typename scalar_t, int kSize, int kThreads>
 FeStatus launch(TileParams& params, Begin begin, const DeviceInfo& device, cudaStream_t stream) {
-  const int64_t shared = shared_bytes<scalar_t, kSize>(params);
+  const auto kernel = tile_backward<scalar_t, kSize, kThreads>;
+  const int64_t shared = shared_bytes<scalar_t, kSize, kThreads>(params);
   // Each block also takes 1 KB that the system reserves. All blocks of a cooperative grid must be resident.
-  const int64_t fitting = std::min<int64_t>(device.properties.shared_bytes_per_sm / (shared + 1024), kBlocksPerSm);
-  if (fitting < 1 || shared > 48 * 1024) return FE_INVALID_ARGUMENT;
+  const int64_t fitting =
+      std::min<int64_t>(device.properties.shared_bytes_per_sm / (shared + 1024), kThreadsPerSm / kThreads);
+  if (fitting < 1 || shared > (kThreads == kManyThreads ? kManyThreadsShared : 48 << 10)) return FE_INVALID_ARGUMENT;
+  if constexpr (kThreads == kManyThreads) {
+    static std::atomic<uint64_t> allowed{0};
+    const FeStatus status = allow_shared_memory(reinterpret_cast<const void*>(kernel), kManyThreadsShared, device,
+                                                &allowed, "backward_tile shared memory");
+    if (status != FE_OK) return status;
+  }
   const int64_t resident = fitting * device.properties.num_sms;
   const int64_t zero_bytes = params.zero_first ? params.grad_weight_numel * sizeof(acc_t<scalar_t>) : 0;
   if (zero_bytes >= kZeroLaunchBytes) {
@@ -437,8 +479,8 @@ FeStatus launch(TileParams& params, Begin begin, const DeviceInfo& device, cudaS
       std::max<int64_t>(params.num_work, ceil_div(passed_bytes, kThreads * 16 * (params.round_last ? 1 : 4)));
   const dim3 grid(static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, resident)));
   const bool has_barriers = params.zero_first || params.round_last;
-  return fast_embedding::launch(tile_backward<scalar_t, kSize>, grid, dim3(kThreads), shared, params, has_barriers,
-                                begin, device, stream, "backward_tile");
+  return fast_embedding::launch(kernel, grid, dim3(kThreads), shared, params, has_barriers, begin, device, stream,
+                                "backward_tile");
 }
 
 // Calls f with the columns in an access (or kMixed) as a constant.
@@ -482,7 +524,8 @@ int32_t hot_count(const FeBackwardArgs& args, const TableSlice& table) {
 // Up to kMaxTables tables.
 struct TileLaunch {
   TileParams params;
-  int64_t chunks = 0;  // of all tables
+  int threads = kFewThreads;  // of a block
+  int64_t chunks = 0;         // of all tables
   bool all_grouped = true;
 
   explicit TileLaunch(const TileParams& common) : params(common) {}
@@ -508,17 +551,32 @@ struct TileLaunch {
     return std::any_of(params.table, params.table + params.num_tables, differs) ? kMixed : params.table[0].pack;
   }
 
+  // One block an SM merges the lookups of three before they touch memory, but waits longer at its barriers. Of several
+  // tables, whose indices stand side by side, it reads those of the next round while no other block adds.
+  int best_threads(const FeBackwardArgs& args, const DeviceInfo& device) const {
+    const int64_t sms = device.properties.num_sms;
+    int64_t columns = 0;
+    for (int t = 0; t < params.num_tables; ++t) columns += params.table[t].embedding_dim;
+    const int64_t lookups = args.num_rows * chunks;
+    const int64_t bytes = args.num_rows * columns * accumulator_bytes(args.scalar_type);
+    const bool many = lookups >= kManyLookupsOfSm * sms || bytes >= kManyBytesOfSm * sms;
+    const bool one_round = params.num_tables == 1 || lookups <= kItems * kManyThreads * sms;
+    const bool fits = device.properties.shared_bytes_per_block >= kManyThreadsShared;
+    return many && one_round && fits ? kManyThreads : kFewThreads;
+  }
+
   // The smallest tile with which all work is under way at once, or else comes in equal rounds: larger ones merge more
   // lookups of a row before they touch memory, but leave SMs idle. Short rows that are grouped take as many as there
   // are threads to load their indices, or a multiple.
   int32_t best_tile(int64_t num_rows, int64_t blocks) const {
-    const int64_t rounds = std::max<int64_t>(1, ceil_div(num_rows * chunks, blocks * kMaxTile));
+    const int64_t max_tile = kItems * threads;
+    const int64_t rounds = std::max<int64_t>(1, ceil_div(num_rows * chunks, blocks * max_tile));
     const int64_t tiles = std::max<int64_t>(1, blocks * rounds / chunks);  // of a table's column chunk
     const int64_t tile = ceil_div(num_rows, tiles);
     const bool short_rows = chunks == params.num_tables;
     const bool many_rows = num_rows >= kMaxGroupedInSmallTiles;
-    const int64_t step = rounds == 1 && short_rows && all_grouped && many_rows ? kThreads : kTileStep;
-    return static_cast<int32_t>(std::min<int64_t>(round_up(tile, step), kMaxTile));
+    const bool fills = threads == kFewThreads && rounds == 1 && short_rows && all_grouped && many_rows;
+    return static_cast<int32_t>(std::min<int64_t>(round_up(tile, fills ? kFewThreads : kTileStep), max_tile));
   }
 
   // Blocks take items a round apart. Where rows differ in length the first round has the longest, and in every second
@@ -553,7 +611,10 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
                        size_t* workspace_bytes, cudaStream_t stream) {
   const FeBackwardArgs& args = call.args;
   const bool scratch = scalar_bytes(args.scalar_type) == 2;
-  if (plan.tile < 0 || plan.tile > kMaxTile || plan.tile % kTileStep != 0 || scratch != (plan.float32_scratch != 0)) {
+  const bool threads_fit = plan.threads == 0 || plan.threads == kFewThreads || plan.threads == kManyThreads;
+  const int max_tile = kItems * (plan.threads > 0 ? plan.threads : kFewThreads);
+  if (!threads_fit || plan.tile < 0 || plan.tile > max_tile || plan.tile % kTileStep != 0 ||
+      scratch != (plan.float32_scratch != 0)) {
     return FE_INVALID_ARGUMENT;
   }
   const size_t needed = scratch ? args.grad_weight_numel * sizeof(float) : 0;
@@ -579,13 +640,17 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
   launches.front().params.zero_first = 1;
   launches.back().params.round_last = scratch;
   launches.back().params.round_packs = reinterpret_cast<uintptr_t>(args.grad_weight) % 8 == 0;
-  const int64_t blocks = kBlocksPerSm * device.properties.num_sms;
   Begin begin = call.begin;
   for (TileLaunch& each : launches) {
+    each.threads = plan.threads > 0 ? plan.threads : plan.tile > 0 ? kFewThreads : each.best_threads(args, device);
+    const int64_t blocks = kThreadsPerSm / each.threads * device.properties.num_sms;
     each.lay_out(plan.tile > 0 ? plan.tile : each.best_tile(args.num_rows, blocks), blocks);
     const FeStatus status = dispatch_scalar(args.scalar_type, [&](auto scalar) {
       return dispatch_tile_pack<decltype(scalar)>(each.pack(), [&](auto size) {
-        return launch<decltype(scalar), decltype(size)::value>(each.params, begin, device, stream);
+        using scalar_t = decltype(scalar);
+        constexpr int kSize = decltype(size)::value;
+        return each.threads == kManyThreads ? launch<scalar_t, kSize, kManyThreads>(each.params, begin, device, stream)
+                                            : launch<scalar_t, kSize, kFewThreads>(each.params, begin, device, stream);
       });
     });
     if (status != FE_OK) return status;

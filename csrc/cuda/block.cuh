@@ -60,8 +60,8 @@ __device__ inline Scan scan_threads(uint32_t value, uint32_t* warp_sum) {
   if (lane == 31) warp_sum[warp] = inclusive;
   __syncthreads();
   Scan scan = {inclusive - value, 0};
-  if constexpr (kThreads == 1024) {
-    const uint32_t sums = scan_lanes(warp_sum[lane], lane);
+  if constexpr (kThreads > 512) {
+    const uint32_t sums = scan_lanes(lane < kThreads / 32 ? warp_sum[lane] : 0, lane);
     scan.total = __shfl_sync(kFullWarp, sums, 31);
     const uint32_t through_warp = __shfl_sync(kFullWarp, sums, warp);
     scan.before += through_warp - warp_sum[warp];

@@ -202,7 +202,8 @@ typedef struct FePlan {
   int32_t digit_bits;      /* SORT: bits of the row that a pass sorts by, at the most */
   int32_t sort_tile;       /* SORT: indices a block ranks at a time, at the most */
   int32_t threads;         /* PRIVATE: threads a block, each with one column of one copy of the table; 0 for a sum, and
-                              for one table of up to FE_MAX_FEW_ROWS rows whose sums are kept in registers */
+                              for one table of up to FE_MAX_FEW_ROWS rows whose sums are kept in registers. TILE: 256, so
+                              that blocks share an SM, or 768, for one that has it to itself; 0: as suits the launch */
   int32_t splits;          /* PRIVATE: blocks that share the rows; each leaves one copy of the table to be summed */
   int32_t float32_scratch; /* TILE: a 16-bit gradient is summed in a float32 copy of grad_weight */
   int32_t cluster;         /* SORT: blocks of the cluster that sorts a table while others write zeros; 0: all sort */
