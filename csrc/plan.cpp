@@ -36,7 +36,11 @@ constexpr int64_t kMinSortGradientBytes = int64_t{192} << 20;
 constexpr int64_t kMinSortRowBytes16 = 128;
 constexpr int64_t kMinSortGradientBytes16 = int64_t{32} << 20;
 constexpr int64_t kAlwaysSortRowBytes16 = 1024;
-constexpr int64_t kMinSortRows16 = 256;  // of fewer a tile merges so many lookups that its atomics cost less
+// Of fewer rows a tile merges so many lookups that its atomics cost less than a sort. In 16 bits that goes on to
+// kManySortRows16, where the gradient is not long.
+constexpr int64_t kMinSortRows = 256;
+constexpr int64_t kManySortRows16 = 2048;
+constexpr int64_t kLongSortGradientBytes16 = int64_t{64} << 20;
 // What small tables beside others cost, in microseconds on 132 SMs: a lookup in TILE and in SORT, a column of one in
 // PRIVATE, and what PRIVATE's launch adds where others run too, or more than TILE's where none do.
 constexpr double kTileLookupUs = 42e-6;
@@ -81,10 +85,11 @@ bool sorting_pays(const FePlanQuery& query) {
   const double all_rows_bytes = static_cast<double>(query.embedding_dim) * scalar_bytes(query.scalar_type);
   const double row_bytes = all_rows_bytes / static_cast<double>(std::max<int64_t>(query.num_tables, 1));
   const double gradient_bytes = static_cast<double>(query.num_indices) * all_rows_bytes;
+  if (query.num_embeddings < kMinSortRows) return false;
   if (scalar_bytes(query.scalar_type) != 2) {
     return row_bytes >= kMinSortRowBytes && gradient_bytes >= kMinSortGradientBytes;
   }
-  return query.num_embeddings >= kMinSortRows16 &&
+  return (query.num_embeddings >= kManySortRows16 || gradient_bytes >= kLongSortGradientBytes16) &&
          (row_bytes >= kAlwaysSortRowBytes16 ||
           (row_bytes >= kMinSortRowBytes16 && gradient_bytes >= kMinSortGradientBytes16));
 }

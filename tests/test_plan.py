@@ -141,10 +141,11 @@ def test_sixteen_bits_sort_where_the_float32_copy_is_too_large(plan, scalar_type
 
 @pytest.mark.parametrize("scalar_type", SIXTEEN_BIT)
 def test_sixteen_bits_sort_where_atomics_cost_more(plan, scalar_type):
-    assert plan(300, 300, 100000, scalar_type).strategy == abi.SORT
-    assert plan(1000, 768, 16384, scalar_type).strategy == abi.SORT
+    assert plan(300, 300, 200000, scalar_type).strategy == abi.SORT
+    assert plan(3000, 768, 16384, scalar_type).strategy == abi.SORT
     assert plan(33, 1280, 32768, scalar_type).strategy == abi.TILE  # few rows: few atomics
-    assert plan(119, 300, 100000, scalar_type).strategy == abi.TILE
+    for v, d, n in ((119, 300, 100000), (250, 128, 1 << 19), (1000, 300, 100000), (2000, 512, 20000)):
+        assert plan(v, d, n, scalar_type).strategy == abi.TILE
     assert plan(256, 64, 65536, scalar_type).strategy == abi.TILE
 
 
