@@ -1,6 +1,6 @@
 """Tables and plots, made from the JSON of one or more runs and from nothing else.
 
-python -m fast_embedding.bench.report docs/results/h200.json --markdown docs/performance.md --plots docs/
+python -m fast_embedding.bench.report docs/results/*.json --markdown docs/performance.md --plots docs/
 """
 
 import argparse
