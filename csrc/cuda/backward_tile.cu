@@ -45,7 +45,7 @@ constexpr int kSamples = 512;   // lookups of the first tile that are looked at 
 constexpr int kAhead = 2;       // gradients of a thread that are asked for before the indices are known; more spill
 constexpr int32_t kEmpty = -1;
 constexpr uint32_t kSkip = 0xffffffffu;
-constexpr int kPrefetchBytes = 2048;  // of a warp, while the tile is grouped
+[[maybe_unused]] constexpr int kPrefetchBytes = 2048;  // of a warp, while the tile is grouped
 // A block has an SM to itself from so many lookups an SM on, each counted for every chunk of its columns, or from so
 // many bytes of sums.
 constexpr int64_t kManyLookupsOfSm = 900;
