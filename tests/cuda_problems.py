@@ -247,7 +247,7 @@ def sort_plans(num_rows):
         abi.Plan(abi.SORT, tile=256, digit_bits=8, sort_tile=4096),  # as on devices with little shared memory
         abi.Plan(abi.SORT, tile=32, digit_bits=4, sort_tile=512),  # several passes, several tiles a chunk
     ]
-    if device_properties().compute_capability >= 90:
+    if can_sort_in_clusters():
         plans += [
             abi.Plan(abi.SORT, tile=256, digit_bits=bits, sort_tile=8192, cluster=blocks)
             for bits, blocks in ((10, 8), (4, 1), (7, 3))
@@ -269,9 +269,7 @@ def plans_for(problem, library, deterministic=False):
     shared_bytes = device_properties().shared_bytes_per_block
     rows = max(rows for rows, _ in problem.sizes)
     if problem.combination == abi.SUM:
-        rows = sum(rows for rows, _ in problem.sizes)
-        least_bytes = rows * (64 * width + 32) + 2 * 64 * 64 * problem.dtype.itemsize + 4096 * width + 12288
-        if len(problem.sizes) <= 16 and least_bytes <= shared_bytes:
+        if has_room_for_sums(problem):
             plans += [abi.Plan(abi.PRIVATE, splits=splits) for splits in (1, 7, 132)]
     elif rows <= 200:
         threads = min(1024, shared_bytes // (rows * width)) // 32 * 32
@@ -284,6 +282,19 @@ def plans_for(problem, library, deterministic=False):
 
 def has_room_for_many_threads():
     return device_properties().shared_bytes_per_block >= 96 << 10
+
+
+def can_sort_in_clusters():
+    device = device_properties()
+    return device.compute_capability >= 90 and device.shared_bytes_per_block >= 200 << 10
+
+
+def has_room_for_sums(problem):
+    """For any embedding_dim: PRIVATE for sums takes less for less than 64."""
+    width = accumulator(problem.dtype).itemsize
+    rows = sum(rows for rows, _ in problem.sizes)
+    least_bytes = rows * (64 * width + 32) + 2 * 64 * 64 * problem.dtype.itemsize + 4096 * width + 12288
+    return len(problem.sizes) <= 16 and least_bytes <= device_properties().shared_bytes_per_block
 
 
 # Sums in registers: by one block, and by some that share the rows.
