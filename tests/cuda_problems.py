@@ -285,8 +285,10 @@ def has_room_for_many_threads():
 
 
 def can_sort_in_clusters():
+    """The device has 200 KB for a block of a cluster, and the library is of a CUDA that captures early launches."""
     device = device_properties()
-    return device.compute_capability >= 90 and device.shared_bytes_per_block >= 200 << 10
+    has_kernel = load_library().fe_cuda_compiled_version() >= 12030
+    return has_kernel and device.compute_capability >= 90 and device.shared_bytes_per_block >= 200 << 10
 
 
 def has_room_for_sums(problem):

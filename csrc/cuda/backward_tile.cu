@@ -521,6 +521,10 @@ int32_t hot_count(const FeBackwardArgs& args, const TableSlice& table) {
   return std::clamp(static_cast<int32_t>(std::ceil(32 * share)), least, kNeverHot);
 }
 
+bool has_room_for_many(const DeviceInfo& device) {
+  return device.properties.shared_bytes_per_block >= kManyThreadsShared;
+}
+
 // Up to kMaxTables tables.
 struct TileLaunch {
   TileParams params;
@@ -561,8 +565,7 @@ struct TileLaunch {
     const int64_t bytes = args.num_rows * columns * accumulator_bytes(args.scalar_type);
     const bool many = lookups >= kManyLookupsOfSm * sms || bytes >= kManyBytesOfSm * sms;
     const bool one_round = params.num_tables == 1 || lookups <= kItems * kManyThreads * sms;
-    const bool fits = device.properties.shared_bytes_per_block >= kManyThreadsShared;
-    return many && one_round && fits ? kManyThreads : kFewThreads;
+    return many && one_round && has_room_for_many(device) ? kManyThreads : kFewThreads;
   }
 
   // The smallest tile with which all work is under way at once, or else comes in equal rounds: larger ones merge more
@@ -611,7 +614,8 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
                        size_t* workspace_bytes, cudaStream_t stream) {
   const FeBackwardArgs& args = call.args;
   const bool scratch = scalar_bytes(args.scalar_type) == 2;
-  const bool threads_fit = plan.threads == 0 || plan.threads == kFewThreads || plan.threads == kManyThreads;
+  const bool threads_fit =
+      plan.threads == 0 || plan.threads == kFewThreads || (plan.threads == kManyThreads && has_room_for_many(device));
   const int max_tile = kItems * (plan.threads > 0 ? plan.threads : kFewThreads);
   if (!threads_fit || plan.tile < 0 || plan.tile > max_tile || plan.tile % kTileStep != 0 ||
       scratch != (plan.float32_scratch != 0)) {
