@@ -336,6 +336,14 @@ def test_report_makes_the_plots_that_the_run_made(smoke, tmp_path):
         assert plot == (smoke[1] / name).read_text()
 
 
+def test_plots_show_one_device(smoke, tmp_path):
+    pytest.importorskip("matplotlib")
+    other = copy.deepcopy(smoke[2])
+    other["environment"]["cpu"] = "another"
+    for plot in report.write_plots([smoke[2], other], tmp_path):
+        assert plot.read_text() == (smoke[1] / plot.name).read_text()
+
+
 def as_of_a_gpu(result):
     result = copy.deepcopy(result)
     for record in result["lookup"] + result["multi"]:

@@ -349,6 +349,8 @@ def _factor(value: float | None) -> str:
 def write_plots(results: Sequence[Record], directory: Path) -> list[Path]:
     """One SVG per device kind and section: how many times as fast as ``nn.Embedding``, forward and backward together.
 
+    Of several devices of a kind, the first's.
+
     Returns the files written: none without matplotlib, which is said on standard error.
     """
     try:
@@ -366,11 +368,12 @@ def write_plots(results: Sequence[Record], directory: Path) -> list[Path]:
     written = []
     for device in ("cpu", "cuda"):
         for section, name in _PLOTS.items():
-            records = [r for result in results if result["environment"]["device"] == device for r in result[section]]
-            if not records:
+            measured = [result for result in results if result["environment"]["device"] == device and result[section]]
+            if not measured:
                 continue
-            source = next(result for result in results if result["environment"]["device"] == device)
-            figure = _plot(pyplot, records, section, _device_line(source["environment"]))
+            line = _device_line(measured[0]["environment"])
+            records = [r for result in measured if _device_line(result["environment"]) == line for r in result[section]]
+            figure = _plot(pyplot, records, section, line)
             path = directory / f"{'gpu' if device == 'cuda' else 'cpu'}_{name}"
             figure.savefig(path, metadata={"Date": None})
             pyplot.close(figure)
