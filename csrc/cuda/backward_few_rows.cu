@@ -68,8 +68,6 @@ __device__ inline Share share_of_thread(const FewRowsParams& params, int copy) {
   return {first, step, first < params.num_rows ? (params.num_rows - first - 1) / step + 1 : 0};
 }
 
-__host__ __device__ inline int index_bytes(FeIndexType type) { return type == FE_INT64 ? 8 : 4; }
-
 __device__ inline const char* index_address(const FewRowsParams& params, int row) {
   return static_cast<const char*>(params.indices) + row * params.index_row_stride * index_bytes(params.index_type);
 }

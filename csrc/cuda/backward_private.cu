@@ -267,8 +267,8 @@ FeStatus launch(PrivateParams<kTables> params, int threads, Begin begin, const D
     return check_cuda(cudaGetLastError(), "backward_private");
   }
   params.threads_per_sum = threads_per_sum(params.num_elements, static_cast<int64_t>(grid.x) * grid.y * threads);
-  return launch_cooperative(kernel, grid, dim3(threads), shared_bytes, params, begin, device, stream,
-                            "backward_private");
+  return fast_embedding::launch(kernel, grid, dim3(threads), shared_bytes, params, true, begin, device, stream,
+                                "backward_private");
 }
 
 // Tables [first, last) of a call, laid out for blocks of plan.threads threads.

@@ -550,8 +550,8 @@ FeStatus launch(const PrivateSumParams& params, const dim3& grid, const DeviceIn
       allow_shared_memory(reinterpret_cast<const void*>(kernel), device.properties.shared_bytes_per_block, device,
                           &allowed, "backward_private_sum shared memory");
   if (status != FE_OK) return status;
-  return launch_cooperative(kernel, grid, dim3(kThreads), params.layout.total, params, Begin::AFTER_ALL, device, stream,
-                            "backward_private_sum");
+  return fast_embedding::launch(kernel, grid, dim3(kThreads), params.layout.total, params, true, Begin::AFTER_ALL,
+                                device, stream, "backward_private_sum");
 }
 
 }  // namespace

@@ -31,7 +31,6 @@ namespace {
 // spill), or one has it to itself, where it has lookups for all.
 constexpr int kFewThreads = 256;
 constexpr int kManyThreads = 768;
-constexpr int kThreadsPerSm = 768;
 constexpr int kItems = 4;  // lookups of a thread in a tile, at the most
 constexpr int kTileStep = 32;
 constexpr int64_t kMaxGroupedInSmallTiles = 4096;
@@ -366,7 +365,7 @@ __device__ inline void prefetch_gradients(const TileParams& params, int64_t firs
 
 // kSize: columns in an access, or kMixed.
 template <typename scalar_t, int kSize, int kThreads>
-__global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads)
+__global__ void __launch_bounds__(kThreads, kManyThreads / kThreads)
     tile_backward(const __grid_constant__ TileParams params) {
   using sum_t = acc_t<scalar_t>;
   constexpr int kLoads = kSize == 1 ? kUnrollNarrow : kUnroll;
@@ -456,7 +455,7 @@ FeStatus launch(TileParams& params, Begin begin, const DeviceInfo& device, cudaS
   const int64_t shared = shared_bytes<scalar_t, kSize, kThreads>(params);
   // Each block also takes 1 KB that the system reserves. All blocks of a cooperative grid must be resident.
   const int64_t fitting =
-      std::min<int64_t>(device.properties.shared_bytes_per_sm / (shared + 1024), kThreadsPerSm / kThreads);
+      std::min<int64_t>(device.properties.shared_bytes_per_sm / (shared + 1024), kManyThreads / kThreads);
   if (fitting < 1 || shared > (kThreads == kManyThreads ? kManyThreadsShared : 48 << 10)) return FE_INVALID_ARGUMENT;
   if constexpr (kThreads == kManyThreads) {
     static std::atomic<uint64_t> allowed{0};
@@ -647,7 +646,7 @@ FeStatus backward_tile(const FePlan& plan, const BackwardCall& call, const Devic
   Begin begin = call.begin;
   for (TileLaunch& each : launches) {
     each.threads = plan.threads > 0 ? plan.threads : plan.tile > 0 ? kFewThreads : each.best_threads(args, device);
-    const int64_t blocks = kThreadsPerSm / each.threads * device.properties.num_sms;
+    const int64_t blocks = kManyThreads / each.threads * device.properties.num_sms;
     each.lay_out(plan.tile > 0 ? plan.tile : each.best_tile(args.num_rows, blocks), blocks);
     const FeStatus status = dispatch_scalar(args.scalar_type, [&](auto scalar) {
       return dispatch_tile_pack<decltype(scalar)>(each.pack(), [&](auto size) {

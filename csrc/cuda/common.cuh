@@ -307,12 +307,6 @@ FeStatus launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_by
   return check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), what);
 }
 
-template <typename Params>
-FeStatus launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, int64_t shared_bytes, const Params& params,
-                            Begin begin, const DeviceInfo& device, cudaStream_t stream, const char* what) {
-  return launch(kernel, grid, block, shared_bytes, params, true, begin, device, stream, what);
-}
-
 // Enqueues zeros, beside the launch before if EARLY. What comes after waits for both.
 FeStatus write_zeros(void* address, int64_t bytes, Begin begin, const DeviceInfo& device, cudaStream_t stream);
 
@@ -320,6 +314,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t scalar_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : type == FE_FLOAT32 ? 4 : 2; }
 inline int64_t accumulator_bytes(FeScalarType type) { return type == FE_FLOAT64 ? 8 : 4; }
+__host__ __device__ inline int index_bytes(FeIndexType type) { return type == FE_INT64 ? 8 : 4; }
 
 // A table of a call: which columns of the indices and of grad_output are its own.
 struct TableSlice : FeTable {

@@ -256,8 +256,8 @@ FeStatus forward_tables(const FeForwardArgs& args, int64_t first_table, int num_
   if (words == 0) return FE_OK;
   params.num_tables = num_tables;
   params.num_rows = args.num_rows;
-  params.indices = static_cast<const char*>(args.indices) +
-                   first_table * args.index_table_stride * (args.index_type == FE_INT64 ? 8 : 4);
+  params.indices =
+      static_cast<const char*>(args.indices) + first_table * args.index_table_stride * index_bytes(args.index_type);
   params.index_row_stride = args.index_row_stride;
   params.index_table_stride = args.index_table_stride;
   params.output = static_cast<char*>(args.output) + first_column * scalar;

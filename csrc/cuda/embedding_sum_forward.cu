@@ -243,7 +243,7 @@ FeStatus add_tables(const FeForwardArgs& args, int64_t first, int64_t last, void
   params.tables_divisor = Divisor(params.num_tables);
   params.index_type = args.index_type;
   params.indices =
-      static_cast<const char*>(args.indices) + first * args.index_table_stride * (args.index_type == FE_INT64 ? 8 : 4);
+      static_cast<const char*>(args.indices) + first * args.index_table_stride * index_bytes(args.index_type);
   params.index_row_stride = args.index_row_stride;
   params.index_table_stride = args.index_table_stride;
   params.num_rows = args.num_rows;

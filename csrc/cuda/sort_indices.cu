@@ -388,8 +388,8 @@ FeStatus IndexSort::enqueue(void* flags, int64_t flags_bytes, void* zeros, int64
   const FeStatus status = allow_shared_memory(reinterpret_cast<const void*>(sort_indices), max_shared_bytes_, device_,
                                               &allowed, "sort_indices shared memory");
   if (status != FE_OK) return status;
-  return launch_cooperative(sort_indices, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes_, params_,
-                            Begin::AFTER_ALL, device_, stream, "sort_indices");
+  return launch(sort_indices, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes_, params_, true,
+                Begin::AFTER_ALL, device_, stream, "sort_indices");
 }
 
 }  // namespace fast_embedding
