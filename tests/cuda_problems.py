@@ -1,5 +1,6 @@
 """Lookups for the CUDA kernels through the C ABI, by a given plan, and what float64 makes of them."""
 
+import functools
 from ctypes import byref, c_size_t, c_void_p
 
 import abi
@@ -15,6 +16,7 @@ DTYPES = {
 INDEX_TYPES = {torch.int32: abi.INT32, torch.int64: abi.INT64}
 
 
+@functools.cache
 def load_library():
     path = abi.library_path("cuda")
     if not path.exists():
@@ -256,7 +258,7 @@ def sort_plans(num_rows):
     return plans
 
 
-def plans_for(problem, library, deterministic=False):
+def plans_for(problem):
     """All plans that fit: the table's own, and each strategy with the shortest and longest of its parameters."""
     sixteen_bit = problem.dtype in (torch.float16, torch.bfloat16)
     plans = [abi.Plan(abi.TILE, tile=tile, float32_scratch=sixteen_bit) for tile in (0, 32, 416, 1024)]

@@ -91,7 +91,7 @@ def test_backward_by_every_plan(library, size, num_rows, dtype):
              ("half on one row", torch.int64, True, 0))  # fmt: skip
     for distribution, index_dtype, padding, offset in cases:
         problem = Problem([size], num_rows, dtype, index_dtype, distribution, padding, offset)
-        for plan in plans_for(problem, library):
+        for plan in plans_for(problem):
             assert_gradient(problem, problem.backward(library, plan))
         assert_gradient(problem, problem.backward(library))
 
@@ -264,7 +264,7 @@ def test_no_sparse_backward_while_a_graph_is_captured(library):
 def test_backward_of_many_tables(library, sizes, num_rows, dtype):
     for distribution, index_dtype, padding in (("uniform", torch.int64, True), ("one row", torch.int32, False)):
         problem = Problem(sizes, num_rows, dtype, index_dtype, distribution, padding)
-        for plan in plans_for(problem, library):
+        for plan in plans_for(problem):
             assert_gradient(problem, problem.backward(library, plan))
         assert_gradient(problem, problem.backward(library))
 
@@ -281,7 +281,7 @@ MANY_LOOKUPS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes, num_rows", MANY_LOOKUPS, ids=lambda value: str(value)[:20])
 def test_backward_by_one_block_an_sm(library, sizes, num_rows, dtype):
-    plan = abi.Plan(abi.TILE, float32_scratch=dtype in (torch.float16, torch.bfloat16))
+    plan = abi.Plan(abi.TILE, float32_scratch=dtype.itemsize == 2)
     for distribution, index_dtype, padding, offset in CASES:
         problem = Problem(sizes, num_rows, dtype, index_dtype, distribution, padding, offset)
         assert_gradient(problem, problem.backward(library, plan))
@@ -304,7 +304,7 @@ MIXED_WIDTHS = [
 def test_backward_of_tables_of_several_widths(library, sizes, num_rows, dtype):
     for distribution, index_dtype, padding, offset in CASES:
         problem = Problem(sizes, num_rows, dtype, index_dtype, distribution, padding, offset)
-        for plan in [*plans_for(problem, library), None]:
+        for plan in [*plans_for(problem), None]:
             assert_gradient(problem, problem.backward(library, plan))
         first = problem.backward(library, deterministic=True).clone()
         assert_gradient(problem, first)
@@ -321,7 +321,7 @@ def test_strided_gradients_of_several_widths(library, dtype):
     wide = torch.randn(4096, dim + 20, device="cuda").to(dtype)
     for grad_output in (wide[:, 8 : 8 + dim], wide[:, 3 : 3 + dim], wide[:1, :dim].expand(4096, dim)):
         problem.grad_output = grad_output
-        for plan in plans_for(problem, library):
+        for plan in plans_for(problem):
             assert_gradient(problem, problem.backward(library, plan))
 
 
@@ -334,7 +334,7 @@ def test_inf_and_nan_stay_in_their_rows_of_several_widths(library, dtype):
         problem.grad_output[7, column + dim - 1] = torch.inf if t % 2 == 0 else torch.nan
         expected[problem.offsets[t] + problem.indices[7, t] * dim + dim - 1] = True
         column += dim
-    for plan in [*plans_for(problem, library), None]:
+    for plan in [*plans_for(problem), None]:
         assert torch.equal(~torch.isfinite(problem.backward(library, plan)), expected)
 
 
@@ -417,7 +417,7 @@ def test_backward_of_sums(library, sizes, num_rows, dtype):
         ("one row", torch.int32, False, 1),
     ):
         problem = Problem(sizes, num_rows, dtype, index_dtype, distribution, padding, offset, abi.SUM)
-        for plan in plans_for(problem, library):
+        for plan in plans_for(problem):
             assert_gradient(problem, problem.backward(library, plan))
         first = problem.backward(library, deterministic=True).clone()
         assert_gradient(problem, first)
@@ -438,7 +438,7 @@ def test_strided_arguments_of_sums(library, dtype):
     wide.normal_()
     for grad_output in (wide[:, 8:24], wide[:, 3:19], wide[:1, :16].expand(4096, 16)):
         problem.grad_output = grad_output
-        for plan in plans_for(problem, library):
+        for plan in plans_for(problem):
             assert_gradient(problem, problem.backward(library, plan))
 
 
@@ -482,7 +482,7 @@ def test_sums_keep_inf_and_nan_in_their_rows(library):
     )
     problem.grad_output[first, 5] = torch.inf
     problem.grad_output[padded] = torch.nan  # of padding in all three tables
-    for plan in [*plans_for(problem, library), None]:
+    for plan in [*plans_for(problem), None]:
         actual = problem.backward(library, plan)
         rows = [actual[at : at + v * 70].view(v, 70) for at, (v, _) in zip(problem.offsets, problem.sizes, strict=True)]
         for table, row in zip(rows, (3, 1, 1), strict=True):
@@ -504,12 +504,12 @@ def test_strided_arguments(library, dtype):
     wide = torch.randn(4096, 40, device="cuda").to(dtype)
     for grad_output in (wide[:, 8:24], wide[:, 3:19], wide[:1, :16].expand(4096, 16)):
         problem.grad_output = grad_output
-        for plan in plans_for(problem, library):
+        for plan in plans_for(problem):
             assert_gradient(problem, problem.backward(library, plan))
     problem = Problem([(100, 16), (30, 8)], 4096, dtype)
     problem.indices = problem.indices.t().contiguous().t()
     assert torch.equal(problem.forward(library), problem.reference_output())
-    for plan in plans_for(problem, library):
+    for plan in plans_for(problem):
         assert_gradient(problem, problem.backward(library, plan))
 
 
@@ -523,7 +523,7 @@ def test_inf_and_nan_stay_in_their_rows(library, dtype, padding):
     if padding:
         problem.grad_output[padded] = torch.nan
     expected, _ = problem.reference_gradient()
-    for plan in [*plans_for(problem, library), None]:
+    for plan in [*plans_for(problem), None]:
         actual = problem.backward(library, plan).view(20, 12).clone()
         assert actual[3, 5] == torch.inf
         assert actual[17, 6].isnan()
@@ -553,7 +553,7 @@ def test_a_sort_of_more_chunks_than_blocks(library, num_rows):
 def test_a_row_with_a_million_indices(library):
     for size in ((1, 4), (100000, 8)):
         problem = Problem([size], 1 << 20, torch.float32, distribution="one row")
-        for plan in plans_for(problem, library):
+        for plan in plans_for(problem):
             # A chain of 2^20 / (lane groups) additions: the bound of assert_gradient holds for the sums over runs only.
             error = (problem.backward(library, plan).double() - problem.reference_gradient()[0]).abs().max()
             reference = torch.zeros(size, device="cuda").index_add_(0, problem.indices[:, 0], problem.grad_output)
@@ -590,7 +590,7 @@ def test_plans_that_do_not_fit_are_refused(library):
     ):
         with pytest.raises(AssertionError, match="status 1"):
             problem.backward(library, plan)
-    for plan in plans_for(problem, library):
+    for plan in plans_for(problem):
         if plan.strategy in (abi.TILE, abi.PRIVATE):  # they do not know how long a run is
             with pytest.raises(AssertionError, match="status 1"):
                 problem.backward(library, plan, scaled=True)
